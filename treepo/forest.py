@@ -1,0 +1,74 @@
+"""Many trees as flat arrays, so that advantages and packing are a few numpy calls, whatever the number of trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treepo.tree import Rollout
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Forest:
+    """N nodes of all trees, L leaves with a known reward, paths of at most D + 1 nodes (root first).
+
+    Node n of the t-th rollout has the index `first_node[t] + n`. Leaves without a reward have no row: they take part in
+    no group and are not trained on.
+    """
+
+    first_node: Ints  # [number of rollouts + 1]
+    length: Ints  # [N] response tokens that the node adds; 0 for roots
+    leaf: Ints  # [L] node index of each leaf
+    tree: Ints  # [L] index of each leaf's rollout
+    depth: Ints  # [L] nodes on the path below the root; >= 1
+    path: Ints  # [L, D + 1] node indices from the root to the leaf, then -1
+    rewards: Floats  # [L]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Rollout]) -> Forest:
+        """The arrays of `rollouts`, in their order."""
+        first_node = np.cumsum([0, *(len(r.tree) for r in rollouts)])
+        nodes = [node for r in rollouts for node in r.tree.nodes]
+        parent = np.fromiter((node.parent for node in nodes), np.int64, len(nodes))
+        length = np.fromiter((len(node.tokens) for node in nodes), np.int64, len(nodes))
+        offset = np.repeat(first_node[:-1], np.diff(first_node))
+        parent = np.where(parent < 0, -1, parent + offset)
+        length[first_node[:-1]] = 0
+        scored = [
+            (t, leaf, reward)
+            for t, r in enumerate(rollouts)
+            for leaf, reward in zip(r.tree.leaves(), r.rewards, strict=True)
+            if reward is not None
+        ]
+        tree = np.array([t for t, _, _ in scored], np.int64)
+        leaf = np.array([n for _, n, _ in scored], np.int64) + first_node[tree]
+        rewards = np.array([reward for _, _, reward in scored], np.float64)
+        return cls(first_node, length, leaf, tree, *_paths(leaf, parent), rewards)
+
+    def over_leaves(self, values: NDArray[np.float64]) -> Floats:
+        """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""
+        on_path = self.path >= 0
+        return np.bincount(self.path[on_path], weights=values[on_path], minlength=len(self.length))
+
+    @property
+    def leaf_count(self) -> Floats:
+        """[N] leaves below each node."""
+        return self.over_leaves(np.ones(self.path.shape))
+
+
+def _paths(leaf: Ints, parent: Ints) -> tuple[Ints, Ints]:
+    """Depths [L] and root-first paths [L, D + 1]: climb from all leaves at once, then turn each row round."""
+    climbing, node = [leaf], leaf
+    while (node := np.where(node >= 0, parent[node], -1)).max(initial=-1) >= 0:
+        climbing.append(node)
+    upward = np.stack(climbing, axis=1)  # [L, D + 1] leaf first
+    depth = (upward >= 0).sum(axis=1) - 1
+    column = depth[:, None] - np.arange(upward.shape[1])[None, :]
+    path = np.take_along_axis(upward, np.maximum(column, 0), axis=1)
+    return depth, np.where(column >= 0, path, -1)

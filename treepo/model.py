@@ -1,0 +1,157 @@
+"""Load or create a causal language model, and run it under a plan: hidden states, logits, log-probs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+
+from treepo.attention import Causal, Plan, install
+from treepo.errors import ConfigError
+from treepo.settings import Settings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Shape(Settings):
+    """A new Qwen2-shaped model with random weights and the task's own tokenizer."""
+
+    hidden: int = Field(64, gt=0)
+    layers: int = Field(2, gt=0)
+    heads: int = Field(4, gt=0)
+    kv_heads: int = Field(4, gt=0)
+    ffn: int = Field(128, gt=0)
+    context: int = Field(256, gt=1, description="Most tokens of prompt and response together.")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Shape:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError("hidden must be a multiple of heads, and heads a multiple of kv_heads")
+        return self
+
+
+class ModelSettings(Settings):
+    """Which policy is trained."""
+
+    path: str | None = Field(None, description="Folder (or Hub name) of a causal LM and its tokenizer.")
+    create: Shape | None = Field(None, description="Or: the shape of a new model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str = Field("auto", description="A torch device; auto takes CUDA where it is, else the CPU.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSettings:
+        if (self.path is None) == (self.create is None):
+            raise ValueError("give either model.path (a folder) or model.create (the shape of a new model)")
+        return self
+
+
+def device(settings: ModelSettings) -> torch.device:
+    """The torch device that `settings.device` names."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=settings.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.device: {settings.device!r} is not usable here: {reason}") from error
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a model folder."""
+    return _from_pretrained(AutoTokenizer, path)
+
+
+def load(path: str, dtype: str = "float32") -> PreTrainedModel:
+    """The causal LM in folder (or Hub repository) `path`, safetensors only, ready for plans."""
+    return prepare(_from_pretrained(AutoModelForCausalLM, path, dtype=DTYPES[dtype], use_safetensors=True))
+
+
+def create(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: str = "float32") -> PreTrainedModel:
+    """A new Qwen2-shaped model whose random weights are a function of `seed`."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.ffn,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    return prepare(model)
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Install the attention seam in `model`, after a check that plans mean the same to it as plain attention does.
+
+    Raises `ConfigError` for models that treepo would compute wrongly: sliding windows, linear attention, attention
+    dropout, scaled or capped logits, or an attention that bypasses the interface of transformers.
+    """
+    config = model.config
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if layers != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        found = ", ".join(sorted(layers - {"full_attention"})) or f"sliding_window={config.sliding_window}"
+        raise ConfigError(f"model: {config.model_type} uses {found}; only full attention is supported")
+    if getattr(config, "attention_dropout", 0.0):
+        raise ConfigError("model: attention_dropout must be 0: a packed pass cannot drop each path's weights apart")
+    model.eval()
+    ids = torch.arange(8, device=model.device)[None] % config.vocab_size
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits.float()
+        install(model)
+        try:
+            planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], Causal())).float()
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"model: {config.model_type} cannot run under treepo's attention: {error}") from error
+    tolerance = 1e-3 if plain.dtype == model.dtype else 0.1
+    if (error := (planned - plain).abs().max().item()) > tolerance * max(1.0, plain.abs().max().item()):
+        raise ConfigError(f"model: {config.model_type} computes other logits under treepo's attention (by {error:.2g})")
+    return model
+
+
+def hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
+    """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]; no logits are computed."""
+    body = model.base_model
+    return body(input_ids=token_ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state
+
+
+def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., hidden]."""
+    return model.get_output_embeddings()(states)
+
+
+def context(model: PreTrainedModel) -> int:
+    """Most tokens of prompt and response that the model was made for."""
+    return int(getattr(model.config, "max_position_embeddings", 0)) or 1 << 30
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every id that ends a response: the tokenizer's EOS and all that the generation config lists."""
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    if not ids:
+        raise ConfigError("the tokenizer has no EOS token: set `eos_token` in its tokenizer_config.json")
+    return frozenset(ids)
+
+
+def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
+    if path.startswith((".", "/", "~")) or Path(path).exists():
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {path} is not a folder with a config.json")
+        path = str(folder)
+    try:
+        return loader.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path: cannot load {path}: {reason}") from error

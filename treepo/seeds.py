@@ -1,0 +1,19 @@
+"""Random numbers keyed by place: the same place draws the same numbers, whatever happened elsewhere before."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from random import Random
+
+Place = int | str
+
+
+def derive(*place: Place) -> int:
+    """A 63-bit seed that is a pure function of `place`, e.g. `derive(run_seed, problem_id, "branching", level)`."""
+    digest = blake2b("\x1f".join(map(repr, place)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def generator(*place: Place) -> Random:
+    """A random generator of its own for `place`."""
+    return Random(derive(*place))
