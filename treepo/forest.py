@@ -54,7 +54,7 @@ class Forest:
     def over_leaves(self, values: NDArray[np.float64]) -> Floats:
         """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""
         on_path = self.path >= 0
-        return np.bincount(self.path[on_path], weights=values[on_path], minlength=len(self.length))
+        return np.bincount(self.path[on_path], values[on_path], len(self.length)).astype(np.float64)
 
     @property
     def leaf_count(self) -> Floats:

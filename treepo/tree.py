@@ -7,14 +7,15 @@ leaves exists once. `Rollout` is a finished tree with the rewards of its leaves.
 from __future__ import annotations
 
 import gzip
+import io
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from treepo.errors import TaskError
 
@@ -113,7 +114,7 @@ class Tree:
         self.nodes[node].stop = stop
 
     def split(self, node: int, at: int) -> int:
-        """Cut `node` after its first `at` tokens; returns the new node that holds them, the parent of `node` from now on."""
+        """Cut `node` after its first `at` tokens; returns the new node that holds them, from now on its parent."""
         tail = self.nodes[node]
         if node == ROOT or not 0 < at < len(tail.tokens):
             raise ValueError(f"cannot split node {node} of {len(tail.tokens)} tokens at {at}")
@@ -170,7 +171,7 @@ class Tree:
 
     @property
     def flat_tokens(self) -> int:
-        """Response tokens over all leaves, a shared one once for each leaf below it: what i.i.d. sampling would generate."""
+        """Response tokens over all leaves, a shared one once per leaf: what i.i.d. sampling would generate."""
         return sum(self.response_length(leaf) for leaf in self.leaves())
 
     def to_json(self) -> dict[str, Any]:
@@ -256,7 +257,7 @@ class Rollout:
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON object per line, gzip-compressed if `path` ends in `.gz`. The file appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
-    with _open(part, "wt", compressed=path.suffix == ".gz") as file:
+    with _open(part, "w", compressed=path.suffix == ".gz") as file:
         for rollout in rollouts:
             line = {
                 "problem_id": rollout.problem_id,
@@ -265,12 +266,12 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
                 "tree": rollout.tree.to_json(),
             }
             file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
-    os.replace(part, path)
+    part.replace(path)
 
 
 def read_rollouts(path: Path) -> Iterator[Rollout]:
     """The rollouts of a file that `write_rollouts` wrote; raises `TaskError` naming file and line of a bad one."""
-    with _open(path, "rt", compressed=path.suffix == ".gz") as file:
+    with _open(path, "r", compressed=path.suffix == ".gz") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
@@ -280,12 +281,13 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
                 raise TaskError(f"{path}:{number}: not a rollout: {error}") from error
 
 
-def _open(path: Path, mode: str, *, compressed: bool) -> IO[Any]:
-    # mtime 0 and no name in the header: equal rollouts make equal files, which the resume test relies on.
-    if not compressed:
-        return open(path, mode, encoding="utf-8")
-    if mode == "rt":
-        return gzip.open(path, mode, encoding="utf-8")
-    import io
-
-    return io.TextIOWrapper(gzip.GzipFile(filename="", mode="wb", fileobj=open(path, "wb"), mtime=0), encoding="utf-8")
+@contextmanager
+def _open(path: Path, mode: Literal["r", "w"], *, compressed: bool) -> Iterator[IO[str]]:
+    with ExitStack() as stack:
+        if not compressed:
+            yield stack.enter_context(path.open(mode, encoding="utf-8"))
+            return
+        raw = stack.enter_context(path.open(mode + "b"))
+        # No time and no name in the header: equal rollouts make equal files.
+        packed = stack.enter_context(gzip.GzipFile(filename="", mode=mode + "b", fileobj=raw, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(packed, encoding="utf-8"))

@@ -1,0 +1,70 @@
+"""Seconds to turn rewards into whitened advantages: 8,192 leaves in trees of depth 14.
+
+    python -m benchmarks.advantages [--quick] [--out FILE]
+
+`forest` is the share that lays the trees out as arrays; an update needs it once, for packing too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from random import Random
+
+from benchmarks import report
+from treepo.advantages import GRPO, RLOO, Estimator, TreePO, advantages
+from treepo.forest import Forest
+from treepo.tree import ROOT, Rollout, Stop, Tree
+
+WIDTH, DEPTH, SEGMENT = 16, 14, 8
+
+
+def tree(seed: int) -> Rollout:
+    """Doubling from the root until 16 paths, all of them 14 segments deep; random 0 / 1 rewards."""
+    rng = Random(seed)
+    grown = Tree([1] * 32)
+    active = [ROOT]
+    for level in range(DEPTH):
+        children = 2 if len(active) < WIDTH else 1
+        stop = Stop.EOS if level == DEPTH - 1 else None
+        active = [
+            grown.add(node, [1] * SEGMENT, [0.0] * SEGMENT, seed=0, stop=stop)
+            for node in active
+            for _ in range(children)
+        ]
+    return Rollout(str(seed), grown, [float(rng.random() < 0.5) for _ in active])
+
+
+def main() -> None:
+    args = report.arguments(__doc__)
+    rollouts = [tree(seed) for seed in range(128 if args.quick else 512)]
+    estimators: dict[str, Estimator] = {
+        "treepo": TreePO(),
+        "treepo size_weighted reject fork": TreePO(size_weighted=True, reject_flat_groups=True, levels="fork"),
+        "grpo": GRPO(),
+        "rloo": RLOO(),
+    }
+    results = []
+    for name, estimator in estimators.items():
+        laying, whole = [], []
+        for _ in range(5 if args.quick else 15):
+            start = time.process_time()
+            forest = Forest.of(rollouts)
+            laid = time.process_time()
+            advantages(estimator, forest)
+            laying.append(laid - start)
+            whole.append(time.process_time() - start)
+        results.append(
+            {
+                "estimator": name,
+                "leaves": len(forest.leaf),
+                "depth": DEPTH,
+                "seconds": statistics.median(whole),
+                "forest": statistics.median(laying),
+            }
+        )
+    report.finish("advantages", results, args)
+
+
+if __name__ == "__main__":
+    main()

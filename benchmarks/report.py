@@ -1,0 +1,113 @@
+"""What every benchmark shares: its arguments, a fair clock, a table, and the JSON object on the last line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = ("treepo", "torch", "transformers", "numpy")
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`quick: bool` and `out: Path | None` from the command line."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
+    parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
+    return parser.parse_args()
+
+
+def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median CPU seconds of this process for each function.
+
+    The functions take turns within every repeat, so that a slow spell of the machine falls on all of them; CPU time
+    and not the wall clock, so that other programs weigh little. One uncounted round comes first. A function that
+    leaves work queued on an accelerator must wait for it itself.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def finish(
+    name: str, results: Sequence[Mapping[str, Any]], args: argparse.Namespace, columns: Sequence[str] | None = None
+) -> None:
+    """Print `results` as a table of `columns` (default: the keys of the first result), then all as one JSON line."""
+    table = Table(title=name)
+    columns = list(results[0]) if columns is None else columns
+    for column in columns:
+        number = any(isinstance(row.get(column), int | float) for row in results)
+        table.add_column(column, justify="right" if number else "left")
+    for row in results:
+        table.add_row(*(_cell(row.get(column)) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    line = json.dumps(
+        {
+            "name": name,
+            "quick": args.quick,
+            "results": [dict(row) for row in results],
+            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+            "device": device(),
+            "commit": commit(),
+        }
+    )
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+
+
+def device() -> str:
+    """The accelerator's name, or the processor's with the threads that torch uses."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [row.split(":", 1)[1].strip() for row in cpuinfo.read_text().splitlines() if row[:10] == "model name"]
+        model = names[0] if names else model
+    return f"CPU {model}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def commit() -> str:
+    """The short hash of the checkout that holds this file, `-dirty` if it has changes, or `unknown`."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

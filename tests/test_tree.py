@@ -1,0 +1,150 @@
+"""The tree's invariants, and rollouts on disk."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import grow_random, rollout_of
+from treepo.errors import TaskError
+from treepo.tree import ROOT, Rollout, Stop, Tree, read_rollouts, write_rollouts
+
+seeds = st.integers(0, 10_000)
+
+
+def paths(tree: Tree) -> dict[int, tuple[list[int], list[float]]]:
+    """Tokens and log-probs of every leaf, found the slow way: up through the parents."""
+    found = {}
+    for leaf in tree.leaves():
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        node = leaf
+        while node != -1:
+            tokens = tree.nodes[node].tokens + tokens
+            logprobs = tree.nodes[node].logprobs + logprobs
+            node = tree.nodes[node].parent
+        found[leaf] = (tokens, logprobs)
+    return found
+
+
+def hand_drawn() -> Tree:
+    """Prompt 1 2; child a = 3 4 5 with leaves 6 and 7 8; child b = 9, a leaf."""
+    tree = Tree([1, 2], key="q")
+    a = tree.add(ROOT, [3, 4, 5], [-0.1, -0.2, -0.3], seed=1)
+    tree.add(a, [6], [-0.4], seed=2, stop=Stop.EOS)
+    tree.add(a, [7, 8], [-0.5, -0.6], seed=3, stop=Stop.ANSWER)
+    tree.add(ROOT, [9], [-0.7], seed=4, stop=Stop.LENGTH)
+    return tree
+
+
+@given(seeds)
+def test_a_childs_prefix_is_its_paths_tokens(seed: int) -> None:
+    tree = grow_random(seed)
+    for node in range(1, len(tree)):
+        parent = tree.nodes[node].parent
+        assert tree.tokens(node) == tree.tokens(parent) + tree.nodes[node].tokens
+        assert tree.nodes[node].start == len(tree.tokens(parent))
+        assert tree.response(node) == tree.tokens(node)[len(tree.prompt) :]
+        assert tree.response_length(node) == len(tree.response(node))
+
+
+@given(seeds)
+def test_a_node_has_children_or_is_finished_never_both(seed: int) -> None:
+    tree = grow_random(seed)
+    for node, children in zip(tree.nodes, tree.children, strict=True):
+        assert bool(children) == (node.stop is None)
+
+
+@given(seeds, st.data())
+def test_cutting_anywhere_keeps_every_paths_tokens(seed: int, data: st.DataObject) -> None:
+    tree = grow_random(seed, splits=0)
+    before = paths(tree)
+    for _ in range(4):
+        leaf = data.draw(st.sampled_from(tree.leaves()))
+        kept = data.draw(st.integers(0, tree.response_length(leaf)))
+        node = tree.cut(leaf, kept)
+        assert tree.tokens(node) == before[leaf][0][: len(tree.prompt) + kept]
+        assert node in tree.path(leaf)
+    assert paths(tree) == before
+    assert Tree.from_json(tree.to_json()) == tree
+
+
+def test_cutting_at_an_existing_boundary_makes_no_node() -> None:
+    tree = hand_drawn()
+    assert tree.cut(3, 3) == 1 and tree.cut(3, 0) == ROOT and tree.cut(3, 5) == 3
+    assert len(tree) == 5
+
+
+def test_the_halves_of_a_split_share_seed_and_depth_and_the_leaf_keeps_its_index() -> None:
+    tree = hand_drawn()
+    head = tree.split(3, 1)
+    assert tree.nodes[head].tokens == [7] and tree.nodes[3].tokens == [8] and tree.nodes[3].stop is Stop.ANSWER
+    assert tree.nodes[head].seed == tree.nodes[3].seed and tree.nodes[head].depth == tree.nodes[3].depth == 2
+    assert tree.children[1] == [2, head] and tree.children[head] == [3]
+
+
+def test_sharing_counts_each_token_once_or_once_per_leaf() -> None:
+    tree = hand_drawn()
+    assert tree.unique_tokens == 3 + 1 + 2 + 1
+    assert tree.flat_tokens == 4 + 5 + 1
+
+
+@given(seeds)
+def test_json_round_trips_bit_for_bit(seed: int) -> None:
+    tree = grow_random(seed)
+    text = json.dumps(tree.to_json())
+    again = Tree.from_json(json.loads(text))
+    assert again == tree and json.dumps(again.to_json()) == text
+
+
+@pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
+def test_rollout_files_round_trip_and_equal_rollouts_make_equal_files(tmp_path, name: str) -> None:
+    rollouts = [rollout_of(grow_random(seed), seed, unscored=0.2) for seed in range(5)]
+    rollouts.append(Rollout("e", hand_drawn(), [1.0, None, 0.0], {3: "reward timed out after 5 s"}))
+    write_rollouts(tmp_path / name, rollouts)
+    assert list(read_rollouts(tmp_path / name)) == rollouts
+    first = (tmp_path / name).read_bytes()
+    write_rollouts(tmp_path / name, rollouts)
+    assert (tmp_path / name).read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda row: row["tree"].update(schema=99), "schema 99"),
+        (lambda row: row["tree"]["nodes"].pop(), "do not describe one tree"),
+        (lambda row: row["tree"]["nodes"][3].update(parent=2), "names parent 2"),
+        (lambda row: row["tree"]["nodes"][3].update(stop=None), "needs either children or a stop"),
+        (lambda row: row["tree"]["nodes"][3].update(stop="bored"), "bored"),
+        (lambda row: row.pop("rewards"), "rewards"),
+        (lambda row: row["rewards"].pop(), "2 rewards for 3 leaves"),
+    ],
+)
+def test_a_damaged_file_names_file_and_line(tmp_path, damage, message: str) -> None:
+    path = tmp_path / "trees.jsonl"
+    write_rollouts(path, [Rollout("a", hand_drawn(), [1.0, 0.0, 0.0])] * 2)
+    good, row = path.read_text().splitlines()[0], json.loads(path.read_text().splitlines()[1])
+    damage(row)
+    path.write_text(good + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(TaskError, match=rf"trees.jsonl:2: not a rollout: .*{message}"):
+        list(read_rollouts(path))
+
+
+def test_misuse_is_refused() -> None:
+    tree = hand_drawn()
+    with pytest.raises(ValueError, match="is a leaf"):
+        tree.add(4, [1], [0.0], seed=9)
+    with pytest.raises(ValueError, match="at least one token"):
+        tree.add(1, [], [], seed=9)
+    with pytest.raises(ValueError, match="1 tokens came with 2"):
+        tree.add(1, [1], [0.0, 0.0], seed=9)
+    with pytest.raises(ValueError, match="cannot split"):
+        tree.split(4, 1)
+    with pytest.raises(ValueError, match="finished already"):
+        tree.finish(1, Stop.EOS)
+    with pytest.raises(ValueError, match="cannot keep 6 of 5"):
+        tree.cut(3, 6)
+    with pytest.raises(ValueError, match="prompt of at least one token"):
+        Tree([])

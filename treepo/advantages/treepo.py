@@ -1,0 +1,61 @@
+"""The TreePO estimator: a leaf is compared with the leaves of every sub-tree that it belongs to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from treepo.forest import Floats, Forest
+from treepo.settings import Settings
+
+
+class TreePO(Settings):
+    """Mean over a leaf's ancestors of (its reward - mean reward of the leaves below the ancestor).
+
+    Source: arXiv 2508.17445, eq. 5 (average), 6 (`size_weighted`), 7 (`reject_flat_groups`). Ancestors other than the
+    root count only with more than one leaf below. Ours: `levels="fork"`, and 0 for a leaf that is left without any
+    group (the released code gives a lone leaf its raw reward).
+    """
+
+    kind: Literal["treepo"] = "treepo"
+    size_weighted: bool = Field(False, description="Weigh each sub-tree by its number of leaves (eq. 6).")
+    reject_flat_groups: bool = Field(False, description="Leave out sub-trees whose rewards are all equal (eq. 7).")
+    use_root: bool = Field(True, description="Compare with all leaves of the query too.")
+    levels: Literal["segment", "fork"] = Field(
+        "segment", description="segment: an unforked chain counts its group once per node; fork: once."
+    )
+    whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
+
+    def __call__(self, forest: Forest) -> Floats:
+        path, reward = forest.path, forest.rewards
+        column = np.arange(path.shape[1])  # [D + 1] depth of an ancestor
+        ancestor = column[None, :] < forest.depth[:, None]  # [L, D + 1] without the leaf itself
+        count = forest.leaf_count  # [N]
+        size = np.where(ancestor, count[path], 0.0)  # [L, D + 1] |G_j|
+        on_path = np.broadcast_to(reward[:, None], path.shape)
+        mean = forest.over_leaves(on_path) / np.maximum(count, 1.0)  # [N]
+
+        counted = ancestor & (size > 1)
+        if self.levels == "fork":  # nested groups of one size are the same group
+            counted[:, 1:] &= size[:, 1:] != size[:, :-1]
+        if self.reject_flat_groups:
+            counted &= _spread(forest)[path] > 0
+        counted[:, 0] = self.use_root
+        weight = np.where(counted, size if self.size_weighted else 1.0, 0.0)
+        difference = reward[:, None] - mean[path]
+        value: Floats = (weight * difference).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)  # [L]
+        return np.where(path >= 0, value[:, None], 0.0)
+
+
+def _spread(forest: Forest) -> Floats:
+    """[N] largest minus smallest reward below each node."""
+    on_path = forest.path >= 0
+    node = forest.path[on_path]
+    reward = np.broadcast_to(forest.rewards[:, None], forest.path.shape)[on_path]
+    high, low = np.full(len(forest.length), -np.inf), np.full(len(forest.length), np.inf)
+    np.maximum.at(high, node, reward)
+    np.minimum.at(low, node, reward)
+    spread: Floats = np.maximum(high - low, 0.0)
+    return spread

@@ -1,0 +1,79 @@
+"""An engine whose replies are a pure function of prefix and seed: for tests, examples and measuring our own code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from random import Random
+
+from treepo.engines import Sampling, Segment
+from treepo.errors import EngineError
+from treepo.seeds import generator
+from treepo.tree import Tree
+
+Reply = Callable[[Sequence[int], int, int], Sequence[int]]
+"""(prefix, most tokens, seed) -> tokens; the engine cuts them after the most tokens or the first stop id."""
+
+
+def random_reply(vocabulary: int) -> Reply:
+    """Uniformly drawn token ids below `vocabulary`."""
+
+    def reply(prefix: Sequence[int], max_tokens: int, seed: int) -> list[int]:
+        rng = generator(seed, len(prefix))
+        return [rng.randrange(vocabulary) for _ in range(max_tokens)]
+
+    return reply
+
+
+class ScriptedEngine:
+    """Answers every request with `reply`; can shuffle the order of replies and fail.
+
+    `shuffle` seeds random delays, so that replies overtake each other. A request fails with probability
+    `failure_rate`, drawn from its seed and the number of the attempt.
+    """
+
+    granularity = 1
+
+    def __init__(
+        self, reply: Reply, *, context: int = 1 << 30, shuffle: int | None = None, failure_rate: float = 0.0
+    ) -> None:
+        self.reply = reply
+        self.context = context
+        self.failure_rate = failure_rate
+        self.version = 0
+        self.open_trees = 0
+        self._delays = None if shuffle is None else Random(shuffle)
+        self._attempts: dict[int, int] = {}
+
+    async def open(self, tree: Tree, sampling: Sampling, stop_ids: Collection[int]) -> ScriptedHandle:
+        """`sampling` is the script's own business and ignored."""
+        self.open_trees += 1
+        return ScriptedHandle(self, tree, frozenset(stop_ids))
+
+    def load_weights(self, version: int) -> None:
+        self.version = version
+
+    async def _turn(self, seed: int) -> None:
+        for _ in range(self._delays.randrange(8) if self._delays else 1):
+            await asyncio.sleep(0)
+        attempt = self._attempts[seed] = self._attempts.get(seed, 0) + 1
+        if self.failure_rate and generator(seed, "failure", attempt).random() < self.failure_rate:
+            raise EngineError(f"scripted failure of request {seed}, attempt {attempt}")
+
+
+class ScriptedHandle:
+    """One tree of a `ScriptedEngine`."""
+
+    def __init__(self, engine: ScriptedEngine, tree: Tree, stop_ids: frozenset[int]) -> None:
+        self.engine, self.tree, self.stop_ids = engine, tree, stop_ids
+
+    async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
+        await self.engine._turn(seed)
+        tokens = list(self.engine.reply(self.tree.tokens(node), max_tokens, seed))[:max_tokens]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        # Any log-probs will do that tell segments and places apart and never change.
+        logprobs = [-((seed >> i % 48) & 0xFFF) / 1024 for i in range(end)]
+        return Segment(tokens[:end], logprobs, self.engine.version)
+
+    def close(self) -> None:
+        self.engine.open_trees -= 1

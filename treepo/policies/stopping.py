@@ -1,0 +1,62 @@
+"""When a path ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from pydantic import Field
+
+from treepo.settings import Settings
+from treepo.tasks.math import boxed
+from treepo.tree import Stop
+
+
+class Stopping(Protocol):
+    """Decides after every segment whether the path becomes a leaf."""
+
+    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+        """Judge the whole response so far.
+
+        `text()` decodes it (only if asked); `eos`: its last token is an EOS; `length`: the response budget is spent;
+        `depth`: it has as many segments as it may.
+        """
+        ...
+
+
+class EarlyStop(Settings):
+    """Answer complete, EOS, length, depth, repetition; the first that holds names the leaf's `Stop`.
+
+    Source: arXiv 2508.17445, section 2.3. Ours: every rule sees the whole response, so that a box or a pattern that
+    straddles two segments is seen (the released code looks at the last segment only). Known false positive of the
+    repetition rule: exact repeats inside ordinary text, such as a rule of 39 dashes.
+    """
+
+    answer: Literal["alone", "with_eos"] = Field(
+        "alone", description="alone: a closed \\boxed{...} ends the path; with_eos: only together with an EOS."
+    )
+    repetition_chars: int = Field(32, ge=1, description="Length of the substring that counts as a repeat.")
+    repetition_count: int = Field(8, ge=0, description="So many occurrences end the path; 0 switches the rule off.")
+
+    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+        response = text()
+        if (eos or self.answer == "alone") and boxed(response) is not None:
+            return Stop.ANSWER
+        if eos:
+            return Stop.EOS
+        if length:
+            return Stop.LENGTH
+        if depth:
+            return Stop.DEPTH
+        return Stop.REPETITION if self._repeats(response) else None
+
+    def _repeats(self, response: str) -> bool:
+        chars, count = self.repetition_chars, self.repetition_count
+        if not count:
+            return False
+        windows = [response[i : i + chars] for i in range(len(response) - chars + 1)]
+        # Most text repeats nothing: one that occurs `count` times leaves that many fewer distinct ones.
+        if len(windows) - len(set(windows)) < count - 1:
+            return False
+        return max(Counter(windows).values(), default=0) >= count
