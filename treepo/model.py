@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
 
-from treepo.attention import Causal, Plan, install
+from treepo.attention import Causal, Plan, PlanName, install, plan_for
 from treepo.errors import ConfigError
+from treepo.packing import PackedBatch
 from treepo.settings import Settings
+
+CHUNK_LOGITS = 1 << 23  # logits alive at once in `token_logprobs`: 32 MB in float32
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,15 +68,22 @@ def device(settings: ModelSettings) -> torch.device:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a model folder."""
-    return _from_pretrained(AutoTokenizer, path)
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, path)
+    return tokenizer
 
 
-def load(path: str, dtype: str = "float32") -> PreTrainedModel:
+def load(path: str, dtype: str = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
     """The causal LM in folder (or Hub repository) `path`, safetensors only, ready for plans."""
-    return prepare(_from_pretrained(AutoModelForCausalLM, path, dtype=DTYPES[dtype], use_safetensors=True))
+    return prepare(_from_pretrained(AutoModelForCausalLM, path, dtype=DTYPES[dtype], use_safetensors=True).to(device))
 
 
-def create(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: str = "float32") -> PreTrainedModel:
+def create(
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """A new Qwen2-shaped model whose random weights are a function of `seed`."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -87,24 +100,30 @@ def create(shape: Shape, tokenizer: PreTrainedTokenizerBase, seed: int, dtype: s
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    return prepare(model)
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # type: ignore[no-untyped-call]
+    return prepare(model.to(device))
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Install the attention seam in `model`, after a check that plans mean the same to it as plain attention does.
 
     Raises `ConfigError` for models that treepo would compute wrongly: sliding windows, linear attention, attention
-    dropout, scaled or capped logits, or an attention that bypasses the interface of transformers.
+    dropout, rope scaling that depends on the length, scaled or capped logits, or an attention that bypasses the
+    interface of transformers.
     """
     config = model.config
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     if layers != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         found = ", ".join(sorted(layers - {"full_attention"})) or f"sliding_window={config.sliding_window}"
         raise ConfigError(f"model: {config.model_type} uses {found}; only full attention is supported")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"model: {config.model_type} has {rope} rope scaling, whose angles depend on the batch's length"
+        )
     if getattr(config, "attention_dropout", 0.0):
         raise ConfigError("model: attention_dropout must be 0: a packed pass cannot drop each path's weights apart")
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits.float()
@@ -113,21 +132,73 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], Causal())).float()
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model: {config.model_type} cannot run under treepo's attention: {error}") from error
-    tolerance = 1e-3 if plain.dtype == model.dtype else 0.1
-    if (error := (planned - plain).abs().max().item()) > tolerance * max(1.0, plain.abs().max().item()):
-        raise ConfigError(f"model: {config.model_type} computes other logits under treepo's attention (by {error:.2g})")
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
+    if (off := (planned - plain).abs().max().item()) > tolerance * max(1.0, plain.abs().max().item()):
+        raise ConfigError(f"model: {config.model_type} computes other logits under treepo's attention (by {off:.2g})")
     return model
 
 
 def hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
     """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]; no logits are computed."""
     body = model.base_model
-    return body(input_ids=token_ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state
+    states: Tensor = body(input_ids=token_ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state
+    return states
 
 
 def logits(model: PreTrainedModel, states: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., hidden]."""
-    return model.get_output_embeddings()(states)
+    scores: Tensor = model.get_output_embeddings()(states)  # type: ignore[no-untyped-call]
+    return scores
+
+
+def logprobs(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    plan: PlanName = "auto",
+    chunk: int | None = None,
+) -> Tensor:
+    """Log-prob [T] in nats of each packed token given its path, under the policy at `temperature`.
+
+    Float32, or float64 for a float64 model. 0.0 where no trained leaf needs it (`weight` 0: prompts). Every token
+    goes through the model once, whatever the number of leaves below it, with exact gradients (`plan_for`).
+    """
+    ids = torch.as_tensor(batch.token_ids, device=model.device)
+    positions = torch.as_tensor(batch.position, device=model.device)
+    rows = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
+    states = hidden(model, ids[None], positions[None], plan_for(batch, plan, model.device))[0]
+    wanted = torch.as_tensor(rows, device=model.device)
+    given = states.index_select(0, torch.as_tensor(batch.prev[rows], device=model.device))
+    found = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
+    return found.new_zeros(len(batch)).index_copy(0, wanted, found)
+
+
+def token_logprobs(
+    model: PreTrainedModel, states: Tensor, token_ids: Tensor, *, temperature: float = 1.0, chunk: int | None = None
+) -> Tensor:
+    """Log-prob [n] in nats of `token_ids` [n] under the logits of `states` [n, hidden] at `temperature`.
+
+    Only `chunk` rows of logits exist at a time (default: as many as make `CHUNK_LOGITS` numbers); the backward pass
+    computes them again.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    chunk = chunk or max(1, CHUNK_LOGITS // model.config.vocab_size)
+
+    def some(states: Tensor, token_ids: Tensor) -> Tensor:
+        scores = logits(model, states)
+        scores = scores if scores.dtype == torch.float64 else scores.float()
+        scores = scores if temperature == 1.0 else scores / temperature
+        return -F.cross_entropy(scores, token_ids, reduction="none")
+
+    parts = [
+        checkpoint(some, part, ids, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else some(part, ids)
+        for part, ids in zip(torch.split(states, chunk), torch.split(token_ids, chunk), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def context(model: PreTrainedModel) -> int:

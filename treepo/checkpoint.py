@@ -1,0 +1,110 @@
+"""Checkpoints: the whole state of a run in a folder that appears at once or not at all.
+
+`checkpoints/step-000040/` is a Hugging Face model folder with two more files: `optimizer.safetensors` and `state.json`.
+There is no random state to keep: every draw is keyed by its place. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from treepo.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Where a run stands, apart from weights and optimizer."""
+
+    step: int = 0  # finished steps
+    position: int = 0  # training problems consumed
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    optimizer: torch.optim.Optimizer,
+    state: State,
+    keep: int,
+) -> Path:
+    """Write `folder/step-NNNNNN` and drop all but the `keep` newest; raises `ConfigError` when the disk refuses."""
+    final = folder / f"step-{state.step:06d}"
+    part = folder / f".{final.name}.part"
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        save_file(_flat(model, optimizer), part / "optimizer.safetensors")
+        (part / "state.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+        for file in part.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        part.rename(final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise ConfigError(
+            f"{final}: cannot write the checkpoint: {error.strerror or error}; the last complete one stands: "
+            "make room and continue with --resume"
+        ) from error
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def load_state(checkpoint: Path) -> State:
+    """Where the run stood."""
+    return State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+
+
+def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimizer's moments, bit for bit."""
+    saved = load_file(checkpoint / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        moments = {
+            key.removesuffix(f"|{name}"): value.to(parameter.device if value.dim() else "cpu")
+            for key, value in saved.items()
+            if key.endswith(f"|{name}")
+        }
+        if moments:
+            optimizer.state[parameter] = moments
+
+
+def _flat(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}|{name}": value.detach().clone()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a rename never outlives the data that it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,271 @@
+"""The command line. Every command says what it will do, takes one configuration, and fails in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from treepo.errors import ConfigError, TreePOError
+
+if TYPE_CHECKING:  # a help page must not wait for torch
+    from treepo.actor import Actor
+    from treepo.config import Config
+
+app = typer.Typer(
+    help="Reinforcement learning on language models with trees of rollouts (TreePO, arXiv 2508.17445).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]...", help="Settings to change, e.g. sampler.width=8.", show_default=False),
+]
+ModelFolder = Annotated[
+    str | None, typer.Option("--model", metavar="FOLDER", help="Use this model instead of the configuration's.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: ModelFolder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the newest checkpoint of the run.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model; the run folder gets its checkpoints, metrics, trees and learning curve.
+
+    [bold]treepo train configs/program.yaml[/]  the demo: create a small model and teach it to reason
+
+    [bold]treepo train configs/dataset.yaml model.path=MODEL task.path=FILE.jsonl out=runs/mine[/]  your own
+
+    Ctrl-C ends the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once. Either way,
+    [bold]--resume[/] goes on.
+    """
+    settings = _load(config, overrides, model)
+    if dry_run:
+        _print_resolved(settings)
+        return
+    _quiet()
+    from treepo.report.console import Progressing, held_out_table, print_saved
+    from treepo.report.curve import draw_curve
+    from treepo.trainer import Trainer
+
+    progress = Progressing(console, settings.trainer.steps)
+    with progress, Trainer(settings, resume=resume, observer=progress) as trainer:
+        begun = trainer.state.step
+        if begun:
+            console.print(f"resuming after step {begun} of {settings.trainer.steps}")
+        _stop_gently(trainer.stop)
+        trainer.run()
+    state = trainer.state
+    if progress.first and progress.last:
+        before = "before" if begun == 0 else f"step {begun}"
+        console.print(held_out_table([(before, progress.first), (f"step {state.step}", progress.last)]))
+    console.print(
+        f"{state.step} steps, {state.generated_tokens:,} tokens generated, {state.seconds:,.0f} s in steps",
+        highlight=False,
+    )
+    print_saved(console, model=trainer.folder.latest_checkpoint(), learning_curve=draw_curve(trainer.folder))
+    if state.step < settings.trainer.steps:
+        console.print(f"stopped early; go on with: treepo train {config} --resume")
+        raise typer.Exit(130)
+
+
+@app.command()
+def sample(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: ModelFolder = None,
+    problems: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
+    split: Annotated[str, typer.Option(help="train or test.")] = "test",
+    draw: Annotated[int, typer.Option(min=0, help="How many of the trees to draw.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Also write the rollouts to this .jsonl or .jsonl.gz file.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Grow trees for a few problems, score and draw them.
+
+    [bold]treepo sample runs/program --draw 2[/]  with the newest model of a run
+
+    [bold]treepo sample configs/dataset.yaml --model MODEL task.path=FILE.jsonl[/]  with any model
+    """
+    if split not in ("train", "test"):
+        raise ConfigError(f"--split: train or test, not {split!r}")
+    settings = _load(config, overrides, model, newest=True)
+    if dry_run:
+        _print_resolved(settings)
+        return
+    _quiet()
+    from treepo.report.console import drawing, print_saved, rollout_table
+    from treepo.tree import write_rollouts
+
+    with _actor(settings) as actor:
+        chosen = actor.task.problems(split)[:problems]
+        keyed = [(f"{split}/{problem.id}", problem) for problem in chosen]
+        with _bar("sampling", len(keyed)) as advance:
+            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_tree=advance)
+        console.print(rollout_table(rollouts))
+        for rollout in rollouts[:draw]:
+            console.print(drawing(rollout, actor.decode, max(20, console.width - 40)))
+    if out is not None:
+        try:
+            write_rollouts(out, rollouts)
+        except OSError as error:
+            raise ConfigError(f"--out: cannot write {out}: {error.strerror}") from error
+        print_saved(console, rollouts=out)
+
+
+@app.command("eval")
+def evaluate_(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: ModelFolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Measure greedy and sampled pass@1, pass@k and maj@k on held-out problems, with 95 % intervals.
+
+    [bold]treepo eval runs/program evaluate.problems=256[/]
+    """
+    settings = _load(config, overrides, model, newest=True)
+    if dry_run:
+        _print_resolved(settings)
+        return
+    _quiet()
+    from treepo.evaluate import evaluate
+    from treepo.report.console import held_out_table
+    from treepo.seeds import derive
+
+    with _actor(settings) as actor:
+        total = 2 * min(settings.evaluate.problems, len(actor.task.problems("test")))
+        with _bar("evaluating", total) as advance:
+            seed = derive(settings.seed, "evaluate")
+            found = evaluate(actor, settings.sampler, settings.evaluate, seed, advance)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        console.print(held_out_table([(settings.model.path or "new model", found)]))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which engines work here, what is missing and how to get it."""
+    _quiet()
+    from rich.markup import escape
+    from rich.table import Table
+
+    from treepo.doctor import examine
+
+    findings = examine()
+    table = Table(title="treepo doctor")
+    for name in ("what", "state", "detail"):
+        table.add_column(name)
+    styles = {"ok": "green", "missing": "yellow", "broken": "bold red"}
+    for finding in findings:
+        table.add_row(finding.what, f"[{styles[finding.state]}]{finding.state}[/]", escape(finding.detail))
+    console.print(table)
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors of the user and of the world are one line, bugs are tracebacks."""
+    try:
+        app()
+    except TreePOError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(text.split()))
+
+
+def _load(config: Path, overrides: list[str] | None, model: str | None, *, newest: bool = False) -> Config:
+    """The configuration of a file or of a run's folder; `newest`: with the folder's newest checkpoint as the model."""
+    from treepo.config import load
+
+    changes = list(overrides or [])
+    if config.is_dir():
+        if newest and model is None and not any(change.startswith("model.path=") for change in changes):
+            from treepo.checkpoint import latest
+
+            found = latest(config / "checkpoints")
+            model = str(found) if found else None
+        config = config / "config.yaml"
+    if model is not None:
+        changes += [f"model.path={json.dumps(model)}", "model.create=null", "warmup=null"]
+    return load(config, changes)
+
+
+def _actor(settings: Config) -> Any:
+    from contextlib import contextmanager
+
+    from treepo.trainer import build_actor
+
+    @contextmanager
+    def opened() -> Any:
+        actor: Actor = build_actor(settings)
+        try:
+            yield actor
+        finally:
+            actor.scorer.close()
+
+    return opened()
+
+
+def _bar(name: str, total: int) -> Any:
+    from contextlib import contextmanager
+
+    from rich.progress import Progress
+
+    @contextmanager
+    def running() -> Any:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task(name, total=total)
+            yield lambda *_: bar.advance(task)  # whichever tree it was
+
+    return running()
+
+
+def _print_resolved(settings: Config) -> None:
+    from treepo.config import dump
+
+    print(dump(settings), end="")
+
+
+def _quiet() -> None:
+    """Keep the libraries' progress bars and advice out of ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _stop_gently(stop: Any) -> None:
+    """First Ctrl-C or SIGTERM: end after the step; the second one acts as ever."""
+
+    def handle(number: int, frame: Any) -> None:  # noqa: ARG001
+        console.print("ending after this step; once more to end now")
+        stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)

@@ -1,0 +1,184 @@
+"""One configuration for a whole run: the settings of every module, from YAML and `key=value` overrides, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from treepo.advantages import Estimator, TreePO
+from treepo.engines.local import LocalSettings
+from treepo.errors import ConfigError, nearest
+from treepo.evaluate import EvaluateSettings
+from treepo.loss import LossSettings
+from treepo.model import ModelSettings
+from treepo.sampler import SamplerSettings
+from treepo.settings import Settings
+from treepo.tasks.dataset import DatasetTask
+from treepo.tasks.program import ProgramTask
+from treepo.tasks.scoring import ScoringSettings
+from treepo.warmup import WarmupSettings
+
+
+class DynamicSampling(Settings):
+    """Replace queries whose leaves all have the same reward (DAPO, arXiv 2503.14476)."""
+
+    oversample: float = Field(1.0, ge=1, description="Queries sampled per query wanted; the paper uses 3.")
+    rounds: int = Field(2, ge=0, description="Most further rounds of sampling when too few queries have spread.")
+
+
+class TrainerSettings(Settings):
+    """The training loop."""
+
+    steps: int = Field(200, ge=1, description="Sampling and update steps.")
+    prompts_per_step: int = Field(8, ge=1, description="Queries whose trees make up one batch.")
+    mini_batches: int = Field(1, ge=1, description="Optimizer updates per batch; with one, the ratio is exactly 1.")
+    lr: float = Field(1e-6, gt=0, description="Learning rate of AdamW after the warm-up.")
+    lr_warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises linearly.")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    max_tokens: int = Field(16384, ge=1, description="Most tokens of a packed row: bounds the memory of an update.")
+    dynamic_sampling: DynamicSampling | None = Field(
+        DynamicSampling(), description="null trains on every query, also where all rewards are the same."
+    )
+    overlong_tokens: int = Field(
+        0,
+        ge=0,
+        description="The reward falls linearly over so many last tokens of the response budget; 0: it does not.",
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="What a response of the full budget loses.")
+    max_error_rate: float = Field(0.2, ge=0, le=1, description="A step with more leaves without reward fails the run.")
+    eval_every: int = Field(
+        20, ge=0, description="Steps between held-out evaluations, with one at either end; 0: none at all."
+    )
+    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; the oldest go first.")
+    save_trees_every: int = Field(10, ge=0, description="Steps between rollouts written to disk; 0: none.")
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Experiment trackers that get every metric, through accelerate."
+    )
+
+
+class Config(Settings):
+    """A run."""
+
+    out: str = Field("runs/run", description="Folder of the run.")
+    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of torch; small models are fastest with 1. Default: torch's choice."
+    )
+    task: Annotated[ProgramTask | DatasetTask, Field(discriminator="kind")]
+    model: ModelSettings
+    warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
+    engine: LocalSettings = LocalSettings()
+    sampler: SamplerSettings = SamplerSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    advantage: Annotated[Estimator, Field(description="Estimator of advantages.")] = TreePO()
+    loss: LossSettings = LossSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        if self.sampler.sampling.temperature == 0:
+            raise ValueError("sampler.sampling.temperature must be above 0: greedy leaves are all the same")
+        if self.trainer.mini_batches > self.trainer.prompts_per_step:
+            raise ValueError("trainer.mini_batches must not exceed trainer.prompts_per_step")
+        if self.trainer.overlong_tokens > self.sampler.response_tokens:
+            raise ValueError("trainer.overlong_tokens must not exceed the response budget (segment_tokens * max_depth)")
+        if self.warmup is not None and self.model.create is None:
+            raise ValueError(
+                "warmup is for a model that is created: set model.create instead of model.path, or drop it"
+            )
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with dotted `key=value` overrides (values are YAML) applied to it.
+
+    Raises `ConfigError` in one line: where, what was given, what is allowed, and the nearest right key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values at the top level")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, values)}") from error
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML; `load` reads it back."""
+    text: str = yaml.safe_dump(
+        config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=120
+    )
+    return text
+
+
+def explain(error: ValidationError, values: Any) -> str:
+    """The first problem of a validation error, in the user's words."""
+    first = error.errors()[0]
+    # Discriminated unions add the tag ("program") to the location; the user did not write it.
+    keys: list[str] = []
+    at: Any = values
+    for part in first["loc"]:
+        if isinstance(part, int) or (isinstance(at, dict) and part in at) or part == first["loc"][-1]:
+            keys.append(str(part))
+            at = at.get(part) if isinstance(at, dict) else None
+    where = ".".join(keys)
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key{nearest(keys[-1], _allowed(first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{where}: is required"
+    message = first["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
+    return f"{where}: {message}{given}" if where else message
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"{override!r} is not of the form key=value, e.g. sampler.width=8")
+    *parents, last = key.split(".")
+    at: Any = values
+    for parent in parents:
+        if at.get(parent) is None:
+            at[parent] = {}
+        at = at[parent]
+        if not isinstance(at, dict):
+            raise ConfigError(f"{override!r}: {parent} has no keys below it")
+    try:
+        at[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+
+
+def _allowed(location: Sequence[int | str]) -> list[str]:
+    """Keys that the settings class at `location` knows."""
+    here: list[type[BaseModel]] = [Config]
+    for part in location:
+        below = [
+            found for c in here if part in c.model_fields for found in _classes(c.model_fields[str(part)].annotation)
+        ]
+        # What is no field is the tag of a discriminated union, such as "program".
+        here = below or [c for c in here if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+    return [field.alias or name for c in here for name, field in c.model_fields.items()]
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """Settings classes inside an annotation such as `A | B | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in getattr(annotation, "__args__", ()) for found in _classes(part)]

@@ -1,0 +1,124 @@
+"""Drawing tokens: one vectorised call for all rows, each a pure function of its logits, its seed and its place.
+
+Each row has its own SplitMix64 stream (Steele, Lea and Flood, 2014), started at the seed of the segment. The stream is
+a hash of a counter, so that token `t` of a segment gets the same number whatever rows are decoded beside it, and one
+number is enough: the token is the inverse of the cumulative distribution there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from treepo.engines import Sampling
+
+GAMMA = 0x9E3779B97F4A7C15
+BLOCK = 128  # tokens per partial sum of the distribution: keeps float64 away from all but V / BLOCK numbers
+NUCLEUS = 1024  # tokens that top-p alone looks at first: sorting a whole vocabulary costs more than a small model
+
+
+@dataclass(slots=True)
+class Draw:
+    """How the n rows of a batch draw their next token. Calling it moves every row to its next random number."""
+
+    state: Tensor  # [n] int64: counters of the streams
+    temperature: Tensor | None  # [n, 1] float32; None: all are 1
+    greedy: Tensor | None  # [n] bool; None: none is
+    filtered: Tensor | None  # [f] int64: the rows with top-k or top-p; None: there are none
+    top_k: Tensor  # [f, 1] int64
+    top_p: Tensor  # [f, 1] float32
+    width: int  # tokens to sort: all that top-k may keep, and most likely all that top-p does
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sampling, int, int]], vocabulary: int, device: torch.device) -> Draw:
+        """`rows` hold sampling, seed and the tokens of the segment that have been drawn already."""
+        temperature = [sampling.temperature for sampling, _, _ in rows]
+        filters = {
+            row: (min(sampling.top_k or vocabulary, vocabulary), sampling.top_p)
+            for row, (sampling, _, _) in enumerate(rows)
+            if sampling.temperature > 0 and (0 < sampling.top_k < vocabulary or sampling.top_p < 1)
+        }
+        return cls(
+            torch.tensor([_signed(seed + made * GAMMA) for _, seed, made in rows], device=device),
+            torch.tensor([[t or 1.0] for t in temperature], device=device) if set(temperature) - {0.0, 1.0} else None,
+            torch.tensor([t == 0 for t in temperature], device=device) if 0.0 in temperature else None,
+            torch.tensor(list(filters), device=device) if filters else None,
+            torch.tensor([[k] for k, _ in filters.values()], device=device),
+            # A running sum may reach 1 before the last token does: infinity, not 1, keeps all.
+            torch.tensor([[p if p < 1 else torch.inf] for _, p in filters.values()], device=device),
+            max((k if k < vocabulary else min(NUCLEUS, vocabulary) for k, _ in filters.values()), default=0),
+        )
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n] drawn from `logits` [n, V], and their log-probs [n] float32 under the distribution sampled.
+
+        That distribution is the model's after temperature, then top-k, then top-p, each renormalised. A greedy row
+        samples from a point mass: its log-probs are 0.
+        """
+        self.state += _signed(GAMMA)
+        logits = logits.float()
+        if self.temperature is not None:
+            logits = logits / self.temperature
+        if self.filtered is not None:
+            logits = logits.index_copy(0, self.filtered, self._filter(logits[self.filtered], self.width))
+        logprobs = logits.log_softmax(-1)  # [n, V]
+        tokens = invert(logprobs.exp(), uniform(self.state))
+        drawn = logprobs.gather(1, tokens[:, None])[:, 0]
+        if self.greedy is not None:
+            tokens = torch.where(self.greedy, logits.argmax(-1), tokens)
+            drawn = drawn.masked_fill(self.greedy, 0.0)
+        return tokens, drawn
+
+    def _filter(self, logits: Tensor, width: int) -> Tensor:
+        """`logits` [f, V], minus infinity where top-k or top-p excludes the token; the most probable one stays."""
+        best, order = logits.topk(width, dim=-1)  # [f, width], descending
+        best = best.masked_fill(torch.arange(width, device=best.device) >= self.top_k, -torch.inf)
+        # Top-k renormalises over what it keeps; without it a token has a share of the whole.
+        whole = self.top_k > width  # [f, 1]
+        total = torch.where(whole, logits.logsumexp(-1, keepdim=True), best.logsumexp(-1, keepdim=True))
+        share = (best - total).exp()
+        sums = share.cumsum(-1)
+        if width < logits.shape[1] and (whole & (sums[:, -1:] < self.top_p)).any():
+            return self._filter(logits, logits.shape[1])
+        best = best.masked_fill(sums - share >= self.top_p, -torch.inf)
+        return torch.full_like(logits, -torch.inf).scatter(1, order, best)
+
+
+def uniform(state: Tensor) -> Tensor:
+    """SplitMix64's output for the counters `state` [n] int64, as [n] float64 multiples of 2^-53 in [0, 1)."""
+    z = state
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)  # int64 products wrap: arithmetic modulo 2^64
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(z ^ _shift(z, 31), 11).double() * 2.0**-53
+
+
+def invert(p: Tensor, u: Tensor) -> Tensor:
+    """The token [n] at which the running sum of `p` [n, V] first exceeds the share `u` [n] < 1 of its total.
+
+    Such a token has p > 0: the running sum rises there. Sums are float64, over blocks and then inside one.
+    """
+    blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK)  # [n, V / BLOCK, BLOCK]
+    edges = F.pad(blocks.sum(-1, dtype=torch.float64).cumsum(-1), (1, 0))  # [n, V / BLOCK + 1]
+    target = u[:, None] * edges[:, -1:]  # [n, 1]; less than the total, because u <= 1 - 2^-53
+    block = (edges[:, 1:] <= target).sum(-1, keepdim=True)  # [n, 1]
+    inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)  # [n, BLOCK]
+    # Summed in another order, the block may come out a last bit smaller than its two edges say.
+    last = inside[:, -1:]
+    rest = torch.minimum(target - edges.gather(1, block), torch.nextafter(last, torch.zeros_like(last)))
+    place: Tensor = (inside <= rest).sum(-1)  # [n]
+    return block[:, 0] * BLOCK + place
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64: torch's own copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """`value` modulo 2^64 as an int64."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,398 @@
+"""The embedded engine: batched decoding of many branches of many trees on the very module that is trained.
+
+A *row* is a segment being decoded in one *slot* of the key-value cache. A segment that has ended leaves its key-values
+with its tree, under its seed, so that a child of any node, wherever the tree was cut since, copies its prefix into a
+slot and recomputes none of it. The last token of a prefix has no key-value yet: it is the first input of each child.
+So the segment of m tokens after a prefix of N computes, and stores, positions N - 1 to N + m - 1, in m steps.
+
+One task of the caller's event loop decodes as long as there are requests. No thread, no clock: which rows share a
+step depends on the order of the requests alone, and what a row draws does not even depend on that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import math
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from treepo import attention
+from treepo import model as causal_lm
+from treepo.engines import Sampling, Segment
+from treepo.engines.batch import Batch, Row
+from treepo.engines.kvcache import Cache, Decode, prefill
+from treepo.errors import ConfigError, EngineError
+from treepo.settings import Settings
+from treepo.tree import ROOT, Tree
+
+PREFILL_TOKENS = 8192  # of one pass, padding included
+# Turns of the event loop after a segment has ended: its caller wakes, a gather above it, and what that submits.
+TURNS = 6
+
+
+class LocalSettings(Settings):
+    """Decode on the model that is trained, in this process."""
+
+    kind: Literal["local"] = "local"
+    slots: int = Field(default=128, gt=0, description="Segments decoded at once.")
+    max_tokens: int | None = Field(
+        default=None, gt=1, description="Most tokens of prompt and response in a slot; default: the model's context."
+    )
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine has computed since it was made; the caller may read and reset it at any time."""
+
+    prefilled_tokens: int = 0  # of prompts, once per tree
+    decoded_tokens: int = 0  # one per row and step; steps of cancelled segments included
+    steps: int = 0
+    copied_tokens: int = 0  # of prefixes, from a tree's key-values into a slot
+    continued_tokens: int = 0  # of prefixes that still lay in the slot where the parent had ended
+
+
+@dataclass(slots=True)
+class _Block:
+    """Key-values of one segment (or the prompt) of a tree."""
+
+    begin: int
+    kv: Tensor  # [layers, 2, K, t, d]: positions begin to begin + t
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.kv.shape[3]
+
+
+@dataclass(slots=True)
+class _Span:
+    """Positions `begin` to `end` of a path, whose key-values are in the block of `seed` (None: the prompt's)."""
+
+    seed: int | None
+    begin: int
+    end: int
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Request(Row):
+    """One call of `generate`."""
+
+    handle: LocalHandle
+    node: int
+    spans: list[_Span]  # the key-values of its prefix, all but the last token's
+    future: asyncio.Future[Segment]
+
+
+class LocalHandle:
+    """The engine's view of one tree: the key-values of its prompt and of every segment that has ended."""
+
+    def __init__(self, engine: LocalEngine, tree: Tree, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+        self._engine, self.tree, self.sampling, self.stop_ids = engine, tree, sampling, stop_ids
+        self.blocks: dict[int | None, _Block] = {}
+
+    async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
+        """Continue the prefix that ends with `node`; see `Handle`. `seed` must name no other segment of the tree."""
+        row = self._engine._submit(self, node, max_tokens, seed)
+        try:
+            return await row.future
+        finally:
+            self._engine._leave(row)
+
+    def close(self) -> None:
+        """Free the tree's key-values; requests under way are cancelled."""
+        self._engine._close(self)
+
+    def spans(self, node: int) -> list[_Span]:
+        """Where the key-values of the path to `node` are, all but its last token's."""
+        spans: list[_Span] = []
+        for index in self.tree.path(node):
+            segment = self.tree.nodes[index]
+            seed = None if index == ROOT else segment.seed
+            begin, end = max(segment.start - 1, 0), segment.start + len(segment.tokens) - 1
+            if spans and spans[-1].seed == seed:
+                spans[-1].end = end  # halves of one segment
+            elif begin < end:
+                spans.append(_Span(seed, begin, end))
+        return spans
+
+    def missing(self, row: _Request) -> list[_Span]:
+        """The spans of `row` that no block covers: the prompt at first, and what another engine has sampled."""
+        return [s for s in row.spans if s.seed not in self.blocks or self.blocks[s.seed].end < s.end]
+
+
+class LocalEngine:
+    """Decodes on `model`, a causal LM from `treepo.model`, without a copy of its weights.
+
+    `open` never waits: of the open trees only those hold key-values whose segments have started, and deeper requests
+    go first, so that trees finish before others begin. The cache grows with the rows and lengths in use, and is given
+    back when no tree is open.
+    """
+
+    granularity = 1
+    plan = Decode  # of a step
+    cache = Cache  # of the slots
+
+    def __init__(self, model: PreTrainedModel, settings: LocalSettings | None = None) -> None:
+        if getattr(model.config, "_attn_implementation", None) != attention.NAME:
+            raise ConfigError("engine: the model cannot be decoded yet: pass it through treepo.model.prepare first")
+        self._model, self._settings = model, settings or LocalSettings()
+        self.context = min(causal_lm.context(model), self._settings.max_tokens or 1 << 30)
+        self.version = 0
+        self.stats = Stats()
+        self._handles: list[LocalHandle] = []
+        self._live: dict[_Request, None] = {}  # every row with somebody waiting for it, in order of arrival
+        self._queue: list[tuple[int, int, _Request]] = []  # a heap: the deepest first, then the first to arrive
+        self._arrivals = 0
+        self._rows: list[_Request] = []  # by slot; one that is done leaves its slot at the next `_admit`
+        self._changed = False  # some row is done
+        self._batch: Batch | None = None  # of `_rows`
+        self._cache: Cache | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens whose key-values are kept for the open trees."""
+        return sum(block.kv.shape[3] for handle in self._handles for block in handle.blocks.values())
+
+    async def open(self, tree: Tree, sampling: Sampling, stop_ids: Collection[int]) -> LocalHandle:
+        """A handle for `tree`; raises `EngineError` for a prompt that leaves no room for a token."""
+        if len(tree.prompt) >= self.context:
+            raise EngineError(
+                f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share "
+                f"{self.context}: drop the problem, or raise {self._limit()}"
+            )
+        vocabulary = self._model.config.vocab_size
+        if unknown := [i for i in stop_ids if not 0 <= i < vocabulary]:
+            raise ConfigError(f"stop ids {unknown} are outside of the model's vocabulary of {vocabulary}")
+        self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids)))
+        return self._handles[-1]
+
+    def load_weights(self, version: int) -> None:
+        """The module has been updated: later segments carry `version`. All key-values are gone."""
+        if self._handles:
+            raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
+        self.version = version
+
+    def _limit(self) -> str:
+        own = self._settings.max_tokens is not None and self._settings.max_tokens <= causal_lm.context(self._model)
+        return "engine.max_tokens" if own else "the model's context (max_position_embeddings)"
+
+    def _submit(self, handle: LocalHandle, node: int, max_tokens: int, seed: int) -> _Request:
+        tree = handle.tree
+        end = tree.nodes[node]
+        prefix = end.start + len(end.tokens)
+        if handle not in self._handles:
+            raise RuntimeError(f"tree {tree.key!r} is closed")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}: a segment has at least one token")
+        if prefix + max_tokens > self.context:
+            raise EngineError(
+                f"tree {tree.key!r}: {prefix} tokens of prefix and max_tokens={max_tokens} exceed {self.context}: "
+                f"lower the response budget, or raise {self._limit()}"
+            )
+        if seed in handle.blocks and any(other.seed == seed for other in tree.nodes[1:]):
+            raise ValueError(f"tree {tree.key!r} has a segment of seed {seed} already")
+        loop = asyncio.get_running_loop()
+        if self._task is not None and self._task.get_loop() is not loop:
+            self._abandon()  # a loop that ended without cancelling its tasks
+        row = _Request(
+            prefix=prefix,
+            last=end.tokens[-1],
+            max_tokens=max_tokens,
+            seed=seed,
+            sampling=handle.sampling,
+            stop_ids=handle.stop_ids,
+            handle=handle,
+            node=node,
+            spans=handle.spans(node),
+            future=loop.create_future(),
+        )
+        self._live[row] = None
+        heapq.heappush(self._queue, (-end.depth, self._arrivals, row))
+        self._arrivals += 1
+        if self._task is None:
+            self._task = loop.create_task(self._run())
+            self._task.add_done_callback(self._ended)
+        return row
+
+    def _leave(self, row: _Request) -> None:
+        self._live.pop(row, None)
+        if row.future.cancelled():
+            self._changed = True
+
+    def _close(self, handle: LocalHandle) -> None:
+        if handle not in self._handles:
+            return
+        self._handles.remove(handle)
+        handle.blocks.clear()
+        for row in self._live:
+            if row.handle is handle:
+                row.future.cancel()
+        self._changed = True
+        if not self._handles:
+            self._rows, self._queue, self._batch, self._cache = [], [], None, None
+
+    def _abandon(self) -> None:
+        """Forget every request, but no tree."""
+        self._live, self._queue, self._rows = {}, [], []
+        self._batch, self._cache, self._task = None, None, None
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Whatever ended the decoding task reaches everyone who waits for it."""
+        if task is not self._task:
+            return
+        error = None if task.cancelled() else task.exception()
+        waiting = [row.future for row in self._live if not row.future.done()]
+        self._abandon()
+        for future in waiting:
+            if error is None:
+                future.cancel()
+            else:
+                future.set_exception(error)
+
+    async def _run(self) -> None:
+        """Decode until no request is left."""
+        turns = TURNS
+        modules = list(self._model.modules())
+        while self._rows or self._queue:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            with _evaluating(modules), _out_of_memory(self._settings):
+                self._admit()
+                turns = TURNS if self._rows and self._step() else 1
+        self._task = None
+
+    def _admit(self) -> None:
+        """Free the slots of rows that are done, give them to waiting rows, and close the gaps."""
+        slots = self._settings.slots
+        if not self._changed and not (self._queue and len(self._rows) < slots):
+            return
+        self._flush()
+        free = [slot for slot, row in enumerate(self._rows) if row.future.done()]
+        room = slots - len(self._rows) + len(free)
+        joining: list[_Request] = []
+        while self._queue and len(joining) < room:
+            row = heapq.heappop(self._queue)[-1]
+            if not row.future.done():  # cancelled
+                joining.append(row)
+        self._prefill(joining)
+        cache = self._reserve(
+            len(self._rows) - len(free) + len(joining), max((row.prefix for row in joining), default=0)
+        )
+
+        # A child of the segment that has just ended in a slot goes on there.
+        ended = {(row.handle, row.seed): slot for slot in free if not (row := self._rows[slot]).future.cancelled()}
+        moving = []
+        for row in joining:
+            parent = row.spans[-1].seed if row.spans else None
+            slot = ended.pop((row.handle, parent), None) if parent is not None else None
+            if slot is None:
+                moving.append(row)
+                continue
+            free.remove(slot)
+            self._rows[slot] = row
+            self.stats.continued_tokens += row.prefix - 1
+        for row in moving:
+            slot = free.pop(0) if free else len(self._rows)
+            self._rows[slot : slot + 1] = [row]
+            for span in row.spans:
+                block = row.handle.blocks[span.seed]
+                cache.write(slot, span.begin, block.kv[:, :, :, span.begin - block.begin : span.end - block.begin])
+            self.stats.copied_tokens += row.prefix - 1
+        for slot in reversed(free):  # the highest first: the row that fills a gap is never done itself
+            last = self._rows.pop()
+            if slot < len(self._rows):
+                cache.move(len(self._rows), slot, last.prefix + len(last.tokens))
+                self._rows[slot] = last
+        self._batch, self._changed = None, False
+
+    def _reserve(self, slots: int, length: int) -> Cache:
+        if self._cache is None:
+            self._cache = self.cache(self._model, self._settings.slots, self.context)
+        self._cache.reserve(slots, length)
+        return self._cache
+
+    def _prefill(self, rows: Sequence[_Request]) -> None:
+        """Compute the key-values that the trees of `rows` lack, each once, longest prefixes first."""
+        lacking = {(row.handle, row.spans[-1].seed, row.prefix): row for row in rows if row.handle.missing(row)}
+        todo = sorted(lacking.values(), key=lambda row: -row.prefix)
+        while todo:
+            group = todo[: max(1, PREFILL_TOKENS // todo[0].prefix)]
+            del todo[: len(group)]
+            kv = prefill(self._model, [row.handle.tree.tokens(row.node)[:-1] for row in group])
+            for i, row in enumerate(group):
+                for span in row.handle.missing(row):
+                    row.handle.blocks[span.seed] = _Block(span.begin, kv[:, :, i, :, span.begin : span.end].clone())
+                self.stats.prefilled_tokens += row.prefix - 1
+
+    def _step(self) -> bool:
+        """Decode one token in every row; whether some segment has ended."""
+        if self._batch is None:
+            self._batch = Batch.of(self._rows, self._model)
+        batch = self._batch
+        cache = self._reserve(len(self._rows), batch.longest)
+        plan = self.plan(cache, batch.positions, batch.longest)
+        states = causal_lm.hidden(self._model, batch.ids[:, None], batch.positions[:, None], plan)  # [n, 1, hidden]
+        ended = batch.advance(causal_lm.logits(self._model, states[:, 0]))
+        self.stats.steps += 1
+        self.stats.decoded_tokens += len(self._rows)
+        if ended:
+            self._flush()
+        for slot in ended:
+            self._finish(slot, cache)
+        return bool(ended)
+
+    def _finish(self, slot: int, cache: Cache) -> None:
+        """Keep the key-values of the segment that has ended in `slot`, and answer its caller."""
+        row = self._rows[slot]
+        self._changed = True
+        if row.future.done():  # cancelled
+            return
+        if not math.isfinite(sum(row.logprobs)):
+            row.future.set_exception(EngineError("the model's logits are not finite: did the last update diverge?"))
+            return
+        begin = row.prefix - 1
+        row.handle.blocks[row.seed] = _Block(begin, cache.read(slot, begin, begin + len(row.tokens)))
+        row.future.set_result(Segment(row.tokens, row.logprobs, self.version))
+
+    def _flush(self) -> None:
+        """Hand the tokens drawn since the last flush to their rows."""
+        if self._batch is not None:
+            for row, tokens, logprobs in zip(self._rows, *self._batch.drawn(), strict=True):
+                row.tokens += tokens
+                row.logprobs += logprobs
+
+
+@contextmanager
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients and no dropout inside; outside, the trainer finds its module as it left it."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _out_of_memory(settings: LocalSettings) -> Iterator[None]:
+    """Memory that runs out is the world's fault; any other error is a bug and passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise EngineError(
+            f"out of memory while decoding {settings.slots} slots: lower engine.slots, engine.max_tokens or the "
+            f"response budget ({str(error).splitlines()[0]})"
+        ) from error

@@ -1,0 +1,286 @@
+"""Questions and answers from a file (JSONL, JSON, Parquet) or from a data set of the Hugging Face Hub.
+
+Every row is checked when the data is read, so that a bad one is reported with its file and line before anything is
+computed. JSON is read here rather than through `datasets`, which knows no line numbers and bends types.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from treepo.errors import ConfigError, TaskError, nearest
+from treepo.seeds import derive
+from treepo.settings import Settings
+from treepo.tasks import Problem, Split
+from treepo.tasks.math import boxed, equivalent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+Row = tuple[int, str, dict[str, Any]]  # its number (the line, in JSONL), where it stands, its columns
+
+
+class DatasetTask(Settings):
+    """Questions with known answers, judged by comparing boxed answers or by a function of the user."""
+
+    kind: Literal["dataset"] = "dataset"
+    path: str = Field(description="A .jsonl, .json or .parquet file, or the name of a data set on the Hub.")
+    name: str | None = Field(None, description="Configuration of a Hub data set, e.g. 'main'.")
+    split: str = Field("train", description="Split of a Hub data set to train on.")
+    test_split: str | None = Field(None, description="Split of the same Hub data set to evaluate on.")
+    test_path: str | None = Field(None, description="A file to evaluate on (as `path`); goes before test_split.")
+    test_fraction: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the questions held out for evaluation, chosen by a hash of their text; used only where "
+        "neither test_path nor test_split is given.",
+    )
+    question_column: str = Field("question", description="Column with the question.")
+    answer_column: str = Field("answer", description="Column with the right answer, a text or a number.")
+    answer_after: str | None = Field(
+        None, min_length=1, description="Keep only what follows the last such mark in an answer; GSM8K: '####'."
+    )
+    limit: int | None = Field(None, ge=1, description="Use at most this many problems of each split.")
+    system: str | None = Field(None, description="System prompt; without a chat template it goes before the question.")
+    instruction: str = Field(
+        r"Put the final answer in \boxed{}.", description="Follows every question on a line of its own; '' for none."
+    )
+    chat: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether the tokenizer's chat template is applied; auto: where it has one."
+    )
+    reward_function: str = Field(
+        "math",
+        pattern=r"^(math|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
+        description="math: 1 if the last boxed answer equals the right one, else 0. Or my_module:my_function, called "
+        "as my_function(prompt=..., response=..., answer=...), which returns a number.",
+    )
+
+    @property
+    def isolated(self) -> bool:
+        return True  # sympy may take for ever, and a function of the user may do anything
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        train, test = _splits(self)
+        if split == "train":
+            return train
+        if not test:
+            raise TaskError("task: no test problems: set test_path, test_split or a positive test_fraction")
+        return test
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+        question = f"{problem.prompt}\n{self.instruction}" if self.instruction else problem.prompt
+        if self.chat == "never" or (self.chat == "auto" and not tokenizer.chat_template):
+            return list(tokenizer.encode(f"{self.system}\n\n{question}" if self.system else question))
+        if not tokenizer.chat_template:
+            raise ConfigError("task.chat: always, but the tokenizer has no chat template: use auto or never")
+        from jinja2 import TemplateError
+
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": question})
+        try:
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        except TemplateError as error:
+            raise ConfigError(f"task.chat: the tokenizer's chat template refuses the prompt: {error}") from error
+        return list(ids)
+
+    def reward(self, problem: Problem, response: str) -> float:
+        if self.reward_function == "math":
+            given = boxed(response)
+            return float(given is not None and equivalent(problem.answer, given))
+        function = _function(self.reward_function)
+        # Not converted here: whoever asked for the reward says what is wrong with a value that is no number.
+        value: float = function(prompt=problem.prompt, response=response, answer=problem.answer)
+        return value
+
+    def prepare(self) -> None:
+        """Load what `reward` needs, so that the first response does not wait for it; `TaskError` if that fails."""
+        if self.reward_function != "math":
+            _function(self.reward_function)
+            return
+        for given in ("0.5", r"\frac{x+1}{2}", r"\sqrt{2}", "(1, 2)", r"\{1, 2\}"):  # each loads a part of sympy
+            equivalent("(x+1)^2", given)
+
+    def final_answer(self, response: str) -> str | None:
+        return boxed(response)
+
+
+@lru_cache(4)
+def _splits(task: DatasetTask) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    """Train and test problems; read once per task."""
+    train = _read(task, task.path, task.split)
+    if task.test_path is not None:
+        test = _read(task, task.test_path, task.test_split or "test")
+    elif task.test_split is not None:
+        test = _read(task, task.path, task.test_split)
+    else:
+        train, test = _held_out(train, task.test_fraction)
+        if not train:
+            raise TaskError(
+                f"{task.path}: {len(test)} different questions are too few for test_fraction: set test_path"
+            )
+    return tuple(train[: task.limit]), tuple(test[: task.limit])
+
+
+def _held_out(problems: list[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
+    """Hold out the given share, rounded up: the questions with the smallest hashes, so equal questions stay together.
+
+    Which question is held out depends on no order, and hardly changes when rows are added.
+    """
+    count = -int(-fraction * len(problems) // 1)
+    ranks = [derive("held out", problem.prompt) for problem in problems]
+    limit = sorted(ranks)[count - 1] if count else -1
+    train = [problem for problem, rank in zip(problems, ranks, strict=True) if rank > limit]
+    return train, [problem for problem, rank in zip(problems, ranks, strict=True) if rank <= limit]
+
+
+def _read(task: DatasetTask, source: str, split: str) -> list[Problem]:
+    """The problems of a file, or of a split of a Hub data set; an id is the name of the file or split, and the row."""
+    columns = (task.question_column, task.answer_column)
+    path = Path(source).expanduser()
+    if path.suffix.lower() in SUFFIXES:
+        if not path.is_file():
+            raise TaskError(f"task: no such file: {source}")
+        reader = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[path.suffix.lower()]
+        rows = reader(path, columns)
+        name = path.name
+    elif path.is_file():
+        raise TaskError(f"task: {source}: unknown format {path.suffix!r}; allowed: {', '.join(SUFFIXES)}")
+    else:
+        rows = _hub(source, task.name, split, columns)
+        name = split
+    problems = []
+    for number, where, row in rows:
+        question = _text(where, row, task.question_column)
+        answer = _text(where, row, task.answer_column)
+        if task.answer_after is not None:
+            _, mark, answer = answer.rpartition(task.answer_after)
+            if not mark or not answer.strip():
+                raise TaskError(f"{where}: nothing follows {task.answer_after!r} (answer_after) in the answer")
+        problems.append(Problem(f"{name}:{number}", question, answer.strip()))
+    if not problems:
+        raise TaskError(f"{source}: no rows")
+    return problems
+
+
+def _text(where: str, row: dict[str, Any], column: str) -> str:
+    """The text in a column of a row."""
+    if column not in row:
+        raise TaskError(f"{where}: {_no_column(column, row)}")
+    value = row[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise TaskError(f"{where}: {column!r} is empty")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TaskError(f"{where}: {column!r} holds a {type(value).__name__}; expected a text or a number")
+    return str(value).strip()
+
+
+def _no_column(column: str, found: Sequence[str] | dict[str, Any]) -> str:
+    return f"no column {column!r}; found: {', '.join(found) or 'none'}{nearest(column, found)}"
+
+
+def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield number, where, _object(where, _parsed(where, line))
+
+
+def _json(path: Path, columns: tuple[str, str]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
+    rows = _parsed(str(path), path.read_bytes())
+    if not isinstance(rows, list):
+        raise TaskError(
+            f"{path}: expected a list of objects, found a {type(rows).__name__}; is it JSONL? name it .jsonl"
+        )
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        yield number, where, _object(where, row)
+
+
+def _parsed(where: str, text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        place = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno} column {error.colno}"
+        raise TaskError(f"{where}: not JSON: {error.msg} at {place}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise TaskError(f"{where}: not JSON that can be read: nested too deep") from error
+
+
+def _object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TaskError(f"{where}: expected an object with columns, found a {type(value).__name__}")
+    return value
+
+
+def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(str(path), columns, file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(columns=list(dict.fromkeys(columns))):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, f"{path}: row {number}", row
+    except (ArrowException, OSError) as error:
+        raise TaskError(f"{path}: not a Parquet file that can be read: {_line(error)}") from error
+
+
+def _hub(source: str, name: str | None, split: str, columns: tuple[str, str]) -> Iterator[Row]:
+    """Rows of a data set on the Hub (or of a folder that `datasets` can load)."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(source, name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise TaskError(f"task: cannot load data set {source!r} (split {split!r}): {_line(error)}") from error
+    _check_columns(f"{source} ({split})", columns, data.column_names)
+    for number, row in enumerate(data.select_columns(list(dict.fromkeys(columns))), 1):
+        yield number, f"{source} ({split}): row {number}", row
+
+
+def _check_columns(where: str, columns: tuple[str, str], found: Sequence[str]) -> None:
+    for column in columns:
+        if column not in found:
+            raise TaskError(f"{where}: {_no_column(column, found)}")
+
+
+def _line(error: Exception) -> str:
+    """An error of another library in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@lru_cache(16)
+def _function(spec: str) -> Callable[..., Any]:
+    """The user's reward function `module:function`; modules in the current directory are found."""
+    module_name, _, name = spec.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        raise TaskError(
+            f"task.reward_function: cannot import {module_name!r}: {type(error).__name__}: {_line(error)}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        what = "is not callable" if function is not None else "does not exist"
+        raise TaskError(f"task.reward_function: {name!r} in {module_name!r} {what}{nearest(name, known)}")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,192 @@
+r"""A small generated task that needs no download: run a five-step program modulo 10 and box the result.
+
+    prompt    x=6;x-=2;,x-=5;,x*=3;,x+=4;,x-=4;,?
+    response  6-2=4;4-5=9;9*3=7;7+4=1;1-4=7;\boxed{7}
+
+Each step takes six characters in the prompt and six in the response, so that a step of the response finds its
+operator and operand at a constant distance: a two-layer model learns that in seconds. A faulty teacher (the slips)
+brings the model to where reinforcement learning starts: usually wrong, but right now and then, step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from random import Random
+from typing import TYPE_CHECKING, Literal, overload
+
+from pydantic import Field, model_validator
+
+from treepo.seeds import derive, generator
+from treepo.settings import Settings
+from treepo.tasks import Problem, Split
+from treepo.tasks.math import boxed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OPERATORS = "+-*"
+CHARACTERS = "0123456789+-*=x;,?\\boed{}"  # each is one token; `\boxed` shares the x
+EOS, PAD = "<eos>", "<pad>"
+MODULUS = 10
+
+Program = tuple[int, tuple[tuple[str, int], ...]]  # the start and its (operator, operand) steps
+
+
+class ProgramTask(Settings):
+    """Programs over one digit, with a tokenizer and a faulty teacher of their own (a `Task` and a `Teacher`).
+
+    All programs are numbered by a permutation that `seed` keys: the first `test_problems` are the test split, the
+    next `train_problems` the train split. So no problem occurs twice, within a split or across.
+    """
+
+    kind: Literal["program"] = "program"
+    operations: int = Field(5, ge=1, le=12, description="Steps of a program.")
+    operand_min: int = Field(2, ge=0, le=9, description="Smallest operand.")
+    operand_max: int = Field(5, ge=0, le=9, description="Largest operand.")
+    train_problems: int = Field(100_000, ge=1, description="Problems to train on; generated when asked for.")
+    test_problems: int = Field(256, ge=1, description="Problems held out for evaluation.")
+    seed: int = Field(0, description="Which programs go to which split, and their order.")
+    slip_plus: float = Field(0.10, ge=0, le=1, description="How often the teacher is one too high in a + b.")
+    slip_minus: float = Field(0.55, ge=0, le=1, description="How often the teacher computes b - a for a - b.")
+    slip_times: float = Field(0.35, ge=0, le=1, description="How often the teacher computes a + b for a * b.")
+
+    careful_lessons: int = Field(
+        11_000,
+        ge=0,
+        description="The teacher makes no slips in so many lessons at the start of a stream: a model learns to compute "
+        "in a fraction of the time that it needs if it must see through the slips, and picks these up afterwards.",
+    )
+
+    @model_validator(mode="after")
+    def _enough_programs(self) -> ProgramTask:
+        if self.operand_min > self.operand_max:
+            raise ValueError(f"operand_min {self.operand_min} is above operand_max {self.operand_max}")
+        wanted = self.test_problems + self.train_problems
+        if wanted > self.programs:
+            raise ValueError(
+                f"only {self.programs} such programs exist, but test_problems + train_problems is {wanted}"
+                ": raise operations or ask for fewer problems"
+            )
+        return self
+
+    @property
+    def programs(self) -> int:
+        """How many programs these settings allow."""
+        return int(MODULUS * self._choices**self.operations)
+
+    @property
+    def _choices(self) -> int:
+        return len(OPERATORS) * (self.operand_max - self.operand_min + 1)
+
+    @property
+    def isolated(self) -> bool:
+        return False
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        return _Programs(self, split)
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
+        return list(tokenizer.encode(problem.prompt))
+
+    def reward(self, problem: Problem, response: str) -> float:
+        return float(boxed(response) == problem.answer)
+
+    def final_answer(self, response: str) -> str | None:
+        return boxed(response)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """One token per character: ids 0 and 1 are PAD and EOS, then `CHARACTERS` in order. Refuses other text."""
+        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        ids = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+        characters = Tokenizer(models.WordLevel(ids))
+        characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+        characters.decoder = decoders.Fuse()
+        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=characters, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+        )
+
+    def lesson(self, seed: int, index: int) -> tuple[Problem, str]:
+        """A random train problem and the teacher's response: its form is always right, its steps may have slipped."""
+        random = generator(seed, "lesson", index)
+        rank = random.randrange(self.train_problems)
+        value, steps = self.program("train", rank)
+        written = []
+        for operator, operand in steps:
+            result = apply(operator, value, operand)
+            if index >= self.careful_lessons:
+                result = self._slip(random, operator, value, operand)
+            written.append(f"{value}{operator}{operand}={result};")
+            value = result
+        return self.problems("train")[rank], "".join(written) + f"\\boxed{{{value}}}"
+
+    def _slip(self, random: Random, operator: str, a: int, b: int) -> int:
+        slips = {"+": (self.slip_plus, a + b + 1), "-": (self.slip_minus, b - a), "*": (self.slip_times, a + b)}
+        chance, wrong = slips[operator]
+        return wrong % MODULUS if random.random() < chance else apply(operator, a, b)
+
+    def program(self, split: Split, index: int) -> Program:
+        """The index-th program of a split."""
+        offset, count = (0, self.test_problems) if split == "test" else (self.test_problems, self.train_problems)
+        if not 0 <= index < count:
+            raise IndexError(f"problem {index} of {count}")
+        code, start = divmod(_permuted(offset + index, self.programs, self.seed), MODULUS)
+        steps = []
+        for _ in range(self.operations):
+            code, choice = divmod(code, self._choices)
+            operand, operator = divmod(choice, len(OPERATORS))
+            steps.append((OPERATORS[operator], self.operand_min + operand))
+        return start, tuple(steps)
+
+
+class _Programs(Sequence[Problem]):
+    """The problems of a split, each generated when it is asked for."""
+
+    def __init__(self, task: ProgramTask, split: Split) -> None:
+        self._task, self._split = task, split
+
+    def __len__(self) -> int:
+        return self._task.test_problems if self._split == "test" else self._task.train_problems
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        place = index + len(self) if index < 0 else index
+        start, steps = self._task.program(self._split, place)
+        value = start
+        for operator, operand in steps:
+            value = apply(operator, value, operand)
+        prompt = f"x={start};" + "".join(f"x{operator}={operand};," for operator, operand in steps) + "?"
+        return Problem(f"{self._split}-{place}", prompt, str(value))
+
+
+def apply(operator: str, a: int, b: int) -> int:
+    """`a operator b` modulo 10."""
+    return {"+": a + b, "-": a - b, "*": a * b}[operator] % MODULUS
+
+
+def _permuted(index: int, size: int, seed: int) -> int:
+    """Where a permutation of range(size), keyed by `seed`, sends `index`.
+
+    A Feistel network permutes the numbers of 2 * half bits; those that land outside are sent on until one lands inside.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for place in range(4):
+            left, right = right, left ^ (_round(seed, place, right) & mask)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+@lru_cache(1 << 16)
+def _round(seed: int, place: int, right: int) -> int:
+    return derive(seed, "program", place, right)

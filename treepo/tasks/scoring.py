@@ -1,0 +1,272 @@
+"""What responses are worth, within bounds: a reward that raises, hangs or crashes costs its leaf, not the run.
+
+A task whose reward is plain code of ours (`isolated` False) is asked in this process. Any other is asked in worker
+processes (`treepo.tasks.worker`) that speak JSON lines: one leaf at a time each, killed with all their children when
+the time is up, and started anew when they are lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, SupportsFloat
+
+from pydantic import BaseModel, Field
+
+from treepo.errors import TaskError
+from treepo.settings import Settings
+from treepo.tasks import Problem, Task
+
+START_S = 120.0  # a worker imports sympy or the user's module; far more than that takes on a loaded machine
+# Modules are found where this process finds them, and no file in the current directory hides one.
+START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from treepo.tasks.worker import main; main()"
+LONGEST_REASON = 300  # characters
+
+
+class ScoringSettings(Settings):
+    """Bounds of a reward that may hang or crash; tasks that are known to be harmless do not need them."""
+
+    timeout_s: float = Field(5.0, gt=0, description="Longest time for one response; after that its reward is unknown.")
+    workers: int = Field(2, ge=1, description="Processes that compute rewards side by side.")
+    memory_gib: float | None = Field(
+        4.0, gt=0, description="Largest address space of a worker (RLIMIT_AS); null for no limit."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The reward of a leaf, or why it is not known."""
+
+    reward: float | None
+    reason: str = ""  # in one line; "" where the reward is known
+
+
+def judge(task: Task, problem: Problem, response: str) -> Score:
+    """Ask the task, here and now. Only `MemoryError` passes: whoever bounds the memory knows what it means."""
+    try:
+        value: object = task.reward(problem, response)
+        if not isinstance(value, SupportsFloat):
+            return Score(None, f"reward is {_line(repr(value))}, not a number")
+        reward = float(value)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the user's code may raise anything; the reason goes on record
+        return Score(None, f"reward raised {type(error).__name__}: {_line(str(error))}".rstrip(": "))
+    if not math.isfinite(reward):
+        return Score(None, f"reward is {reward}")
+    return Score(reward)
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
+
+
+class Scorer:
+    """Scores leaves. A context manager: `close` ends the workers, and they end by themselves when this process does.
+
+    Workers start at once, so that a task that cannot be rebuilt in a worker (say, its reward function cannot be
+    imported) raises `TaskError` here. The time to start one is no leaf's time.
+    """
+
+    def __init__(self, task: Task, settings: ScoringSettings) -> None:
+        self._task = task
+        self._workers: list[_Worker] = []
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._pool: ThreadPoolExecutor | None = None
+        if not task.isolated:
+            return
+        hello = _hello(task, settings)
+        self._workers = [_Worker(hello, settings) for _ in range(settings.workers)]
+        self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="score")
+        try:
+            for worker in self._workers:
+                worker.start()
+            for worker in self._workers:
+                worker.wait_until_ready()
+                self._idle.put(worker)
+        except BaseException:  # not handled, only tidied up after
+            self.close()
+            raise
+
+    def score(self, items: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """The scores of (problem, response) pairs, in their order. May be called from several threads."""
+        if self._pool is None:
+            return [judge(self._task, problem, response) for problem, response in items]
+        return list(self._pool.map(self._ask, items))
+
+    def _ask(self, item: tuple[Problem, str]) -> Score:
+        worker = self._idle.get()
+        try:
+            return worker.ask(*item)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the workers; leaves still being scored are given up."""
+        for worker in self._workers:
+            worker.retire()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _hello(task: Task, settings: ScoringSettings) -> bytes:
+    """All that a worker needs to build the task: JSON, so that nothing but settings crosses over."""
+    kind = type(task)
+    if not isinstance(task, BaseModel) or kind.__module__ == "__main__" or "<" in kind.__qualname__:
+        raise TaskError(
+            f"task: {kind.__qualname__} is isolated, so a worker process must be able to build it: make it a Settings "
+            "class at the top level of a module that can be imported"
+        )
+    value = {
+        "module": kind.__module__,
+        "name": kind.__qualname__,
+        "settings": task.model_dump(mode="json"),
+        **settings.model_dump(include={"timeout_s", "memory_gib"}),
+    }
+    return json.dumps(value).encode() + b"\n"
+
+
+class _Worker:
+    """A place for one worker process at a time. Used by one thread at a time, but for `retire`."""
+
+    def __init__(self, hello: bytes, settings: ScoringSettings) -> None:
+        self._hello, self._timeout_s = hello, settings.timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._unread = b""
+        self._retired = False
+
+    def start(self) -> None:
+        """Start a process; it gets ready by itself."""
+        if self._retired:
+            raise RuntimeError("the scorer is closed")
+        self._unread = b""
+        self._process = subprocess.Popen(  # noqa: S603  # our own program and arguments
+            [sys.executable, "-P", "-c", START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # a process group of its own, to be killed as a whole; Ctrl-C does not reach it
+            # The workers are the parallelism. Also, BLAS reserves memory per thread, which counts in memory_gib.
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
+        with contextlib.suppress(BrokenPipeError):  # it died at once: `wait_until_ready` says so
+            self._send(self._hello)
+
+    def wait_until_ready(self) -> None:
+        """Raises `TaskError` for a worker that cannot work."""
+        try:
+            reply = self._receive(START_S)
+        except EOFError:
+            raise TaskError(
+                f"task: a reward worker could not start: it {self._bury()}; see its messages above"
+            ) from None
+        if reply is None:
+            self.kill()
+            raise TaskError(f"task: a reward worker was not ready after {START_S:g} s")
+        if "error" in reply:
+            self.kill()
+            raise TaskError(reply["error"])
+
+    def ask(self, problem: Problem, response: str) -> Score:
+        """The score of one leaf; whatever happens to the process is in its reason."""
+        if self._process is None or self._process.poll() is not None:
+            self.kill()
+            self.start()
+            self.wait_until_ready()
+        try:
+            self._send(json.dumps({"problem": asdict(problem), "response": response}).encode() + b"\n")
+            reply = self._receive(self._timeout_s)
+        except (EOFError, BrokenPipeError):
+            return Score(None, f"reward process {self._bury()}")
+        if reply is None:
+            self.kill()
+            return Score(None, f"reward timed out after {self._timeout_s:g} s")
+        if reply["last"]:
+            self.kill()
+        return Score(reply["reward"], reply["reason"])
+
+    def retire(self) -> None:
+        """Never start again, and end what runs; another thread may be waiting for it and finds its end."""
+        self._retired = True
+        self._signal()
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        process = self._process
+        if process is None:
+            return
+        self._signal()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        self._process = None
+
+    def _signal(self) -> None:
+        # Its group lives as long as any member, and its id stays taken until we have waited for the leader.
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them are dead already
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _bury(self) -> str:
+        """How the process ended that has closed its pipe."""
+        process = self._process
+        if process is None:
+            return "is gone"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it closed the pipe but lives: it is killed
+            process.wait(1)
+        status = process.returncode
+        if status is not None:
+            # `wait` has freed the id, but children may be left in the group and keep it taken.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        self.kill()
+        if status is None:
+            return "closed its pipe"
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
+
+    def _send(self, line: bytes) -> None:
+        if self._process is None or self._process.stdin is None:
+            raise BrokenPipeError
+        self._process.stdin.write(line)
+
+    def _receive(self, timeout_s: float) -> dict[str, Any] | None:
+        """The next line of the process, or None if it takes longer than `timeout_s`; `EOFError` if it is dead."""
+        if self._process is None or self._process.stdout is None:
+            raise EOFError
+        pipe = self._process.stdout
+        deadline = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    return None
+                if not (read := pipe.read(1 << 16)):
+                    raise EOFError
+                self._unread += read
+        line, _, self._unread = self._unread.partition(b"\n")
+        reply: dict[str, Any] = json.loads(line)
+        return reply

@@ -1,0 +1,402 @@
+"""The training loop, the only stateful part: problems -> trees -> rewards -> advantages -> packed updates.
+
+    with Trainer(config) as trainer:
+        trainer.run()
+
+The same configuration gives the same run; a killed run that is resumed ends bit-identical to one that was not (on one
+CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from treepo import checkpoint
+from treepo import model as causal_lm
+from treepo.actor import Actor
+from treepo.advantages import advantages
+from treepo.checkpoint import State
+from treepo.config import Config
+from treepo.engines.local import LocalEngine
+from treepo.errors import ConfigError, EngineError, TreePOError
+from treepo.evaluate import Evaluation, evaluate
+from treepo.folder import Metrics, RunFolder
+from treepo.forest import Forest
+from treepo.loss import policy_loss
+from treepo.packing import PackedBatch, bins, fold, pack
+from treepo.seeds import derive, generator
+from treepo.tasks import Problem, Teacher
+from treepo.tasks.scoring import Scorer
+from treepo.tree import Rollout, Stop, Tree
+from treepo.warmup import warm_up
+
+
+class Observer:
+    """Hears what a run does. This one does not look; the command line's shows progress."""
+
+    def warming_up(self, step: int, steps: int, loss: float) -> None: ...
+
+    def sampling(self, step: int, trees_done: int, trees: int) -> None: ...
+
+    def evaluating(self, step: int, trees_done: int, trees: int) -> None: ...
+
+    def stepped(self, metrics: Metrics) -> None: ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
+
+    def saved(self, path: Path) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row of a mini-batch, and the log-probs that its ratios are taken to."""
+
+    batch: PackedBatch
+    old_logprob: torch.Tensor | None  # [T]; None: exactly on-policy
+
+
+def build_actor(config: Config, path: str | None = None, observer: Observer | None = None) -> Actor:
+    """The actor that `config` describes, its model loaded from `path` if given; a created model is warmed up."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    source = path or config.model.path
+    task = config.task
+    device = causal_lm.device(config.model)
+    if source is not None:
+        tokenizer = causal_lm.load_tokenizer(source)
+        model = causal_lm.load(source, config.model.dtype, device)
+    else:
+        if not isinstance(task, Teacher) or config.model.create is None:
+            raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
+        tokenizer = task.tokenizer()
+        seed = derive(config.seed, "weights")
+        model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
+    causal_lm.stop_ids(model, tokenizer)  # fail before the warm-up, not after it
+    if source is None and config.warmup is not None and isinstance(task, Teacher):
+        steps, watch = config.warmup.steps, observer or Observer()
+        warm_up(
+            model,
+            tokenizer,
+            task,
+            config.warmup,
+            derive(config.seed, "warmup"),
+            lambda step, loss: watch.warming_up(step, steps, loss),
+        )
+    engine = LocalEngine(model, config.engine)
+    actor = Actor(task, tokenizer, model, engine, Scorer(task, config.scoring))
+    try:
+        actor.check(config.sampler)
+    except ConfigError:
+        actor.scorer.close()
+        raise
+    return actor
+
+
+class Trainer:
+    """A run in its folder (`RunFolder`); `resume` goes on after the newest checkpoint."""
+
+    def __init__(self, config: Config, *, resume: bool = False, observer: Observer | None = None) -> None:
+        self.config = config
+        self.observer = observer or Observer()
+        self.folder = RunFolder(config, resume=resume)
+        self.state = State()
+        self.stopping = False
+        self._exit = ExitStack()
+        found = self.folder.latest_checkpoint()
+        settings = config.trainer
+        self.actor = build_actor(config, str(found) if found else None, self.observer)
+        self._exit.callback(self.actor.scorer.close)
+        try:
+            self.problems = self.actor.task.problems("train")
+            if config.trainer.eval_every:
+                self.actor.task.problems("test")
+            self.accelerator = self._accelerator()
+            model = self.actor.model
+            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+            self.optimizer = self.accelerator.prepare(optimizer)
+            if found:
+                self.state = checkpoint.load_state(found)
+                checkpoint.load_optimizer(found, model, optimizer)
+            self.folder.forget_after(self.state.step if found else None)
+        except BaseException:  # not handled, only tidied up after
+            self._exit.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to `trainer.steps`; after `stop()`, end with a checkpoint once the step under way is finished."""
+        settings = self.config.trainer
+        if self.state.step == 0:
+            self.folder.forget_after(None)
+            self._save()  # a new model's warm-up need not be repeated after a crash
+            if settings.eval_every:
+                self._evaluate()
+        while self.state.step < settings.steps and not self.stopping:
+            metrics = self._step(self.state.step + 1)
+            self._record(metrics)
+            self.observer.stepped(metrics)
+            last = self.state.step == settings.steps
+            if settings.eval_every and (last or self.state.step % settings.eval_every == 0):
+                self._evaluate()
+            if last or self.stopping or self.state.step % settings.save_every == 0:
+                self._save()
+        self.accelerator.end_training()
+
+    def stop(self) -> None:
+        """Ask `run` to end after the current step."""
+        self.stopping = True
+
+    def _step(self, step: int) -> Metrics:
+        start = time.perf_counter()
+        spent = dict(self.actor.seconds)
+        sampled, used, position = self._collect(step)
+        metrics = self._describe(step, sampled, used)
+        update_start = time.perf_counter()
+        metrics |= self._update(step, used)
+        if self.config.trainer.save_trees_every and step % self.config.trainer.save_trees_every == 0:
+            self.folder.write_trees(step, sampled)
+        self.actor.engine.load_weights(step)
+        end = time.perf_counter()
+        metrics["seconds"] = {
+            "step": end - start,
+            **{part: self.actor.seconds[part] - spent[part] for part in ("sample", "score")},
+            "update": end - update_start,
+        }
+        tokens = self.state.generated_tokens + metrics["tokens_generated"]
+        self.state = State(step, position, tokens, self.state.seconds + end - start)
+        return metrics
+
+    # Sampling --------------------------------------------------------------------------------------------------------
+
+    def _collect(self, step: int) -> tuple[list[Rollout], list[Rollout], int]:
+        """All rollouts of a step, those to train on, and the position in the stream of problems after it."""
+        settings, dynamic = self.config.trainer, self.config.trainer.dynamic_sampling
+        wanted, position = settings.prompts_per_step, self.state.position
+        sampled: list[Rollout] = []
+        useful: list[Rollout] = []
+        for _ in range(1 + (dynamic.rounds if dynamic else 0)):
+            missing = wanted - len(useful)
+            asked = math.ceil(missing * dynamic.oversample) if dynamic else missing
+            keyed = [(f"train/{p}/{problem.id}", problem) for p, problem in self._problems_from(position, asked)]
+            position += asked
+            rollouts = self.actor.rollouts(
+                keyed,
+                self.config.sampler,
+                self.config.seed,
+                progress=(step - 1) / settings.steps,
+                on_tree=self._counter(partial(self.observer.sampling, step), asked),
+            )
+            sampled += rollouts
+            self._check_errors(step, sampled)
+            useful += [r for r in rollouts if _has_spread(r)] if dynamic else rollouts
+            if len(useful) >= wanted:
+                break
+        if len(useful) > wanted:  # at random, so that quick problems are not preferred
+            useful = generator(self.config.seed, "keep", step).sample(useful, wanted)
+        return sampled, useful, position
+
+    def _problems_from(self, position: int, count: int) -> Iterator[tuple[int, Problem]]:
+        """`count` problems of the endless stream of shuffled epochs, with their positions."""
+        n = len(self.problems)
+        order: Sequence[int] = ()
+        for p in range(position, position + count):
+            if not order or p % n == 0:
+                order = generator(self.config.seed, "epoch", p // n).sample(range(n), n)
+            yield p, self.problems[order[p % n]]
+
+    def _check_errors(self, step: int, rollouts: Sequence[Rollout]) -> None:
+        rewards = [reward for r in rollouts for reward in r.rewards]
+        unknown = rewards.count(None)
+        if unknown > self.config.trainer.max_error_rate * len(rewards):
+            reasons = Counter(why for r in rollouts for why in r.reasons.values())
+            why, times = reasons.most_common(1)[0]
+            raise EngineError(
+                f"step {step}: {unknown} of {len(rewards)} leaves have no reward, above trainer.max_error_rate "
+                f"({self.config.trainer.max_error_rate:g}); the most frequent reason ({times} times): {why}"
+            )
+
+    # Updating --------------------------------------------------------------------------------------------------------
+
+    def _update(self, step: int, rollouts: Sequence[Rollout]) -> Metrics:
+        """One pass over the rollouts: `mini_batches` optimizer updates."""
+        settings = self.config.trainer
+        lr = settings.lr * min(1.0, step / max(1, settings.lr_warmup_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        shaped = [self._shape(rollout) for rollout in rollouts]
+        forest = Forest.of(shaped)
+        if not len(forest.leaf):
+            return {"lr": lr, "updates": 0}
+        folded = fold(forest, advantages(self.config.advantage, forest))
+        order = generator(self.config.seed, "mini-batches", step).sample(range(len(shaped)), len(shaped))
+        many = min(settings.mini_batches, len(order))
+        batches: list[tuple[list[Row], float]] = []
+        for i in range(many):
+            which = sorted(order[i::many])
+            bin_packed = bins(shaped, forest, folded, which, settings.max_tokens)
+            packed = [pack(shaped, forest, folded, trees) for trees in bin_packed]
+            tokens = sum(float(batch.weight.sum()) for batch in packed)
+            with torch.no_grad():
+                rows = [Row(batch, self._logprobs(batch) if many > 1 else None) for batch in packed]
+            batches.append((rows, tokens))
+        found: dict[str, float] = defaultdict(float)
+        for rows, tokens in batches:
+            for name, value in self._optimize(step, rows, tokens).items():
+                found[name] += value
+        updates = len(batches)
+        return {"lr": lr, "updates": updates} | {name: value / updates for name, value in found.items()}
+
+    def _optimize(self, step: int, rows: Sequence[Row], tokens: float) -> dict[str, float]:
+        """One optimizer update on the mean over all (leaf, token) pairs of `rows`."""
+        model, settings = self.actor.model, self.config.trainer
+        found: dict[str, float] = defaultdict(float)
+        for row in rows:
+            logprob = self._logprobs(row.batch)
+            arrays = (row.batch.adv_pos, row.batch.adv_neg, row.batch.weight)
+            adv_pos, adv_neg, weight = (torch.as_tensor(a, device=logprob.device) for a in arrays)
+            loss, metrics = policy_loss(self.config.loss, logprob, row.old_logprob, adv_pos, adv_neg, weight, tokens)
+            self.accelerator.backward(loss)
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                found[name] += value.item()
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        norm = float(norm) if norm is not None else 0.0
+        if not math.isfinite(norm):
+            raise TreePOError(
+                f"step {step}: the gradient is not finite (norm {norm}); the weights are those of the last checkpoint: "
+                "lower trainer.lr, or use model.dtype=float32, and continue with --resume"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return dict(found) | {"grad_norm": norm}
+
+    def _logprobs(self, batch: PackedBatch) -> torch.Tensor:
+        return causal_lm.logprobs(self.actor.model, batch, temperature=self.config.sampler.sampling.temperature)
+
+    def _shape(self, rollout: Rollout) -> Rollout:
+        """The rollout with the overlong penalty in its rewards (DAPO's soft punishment, arXiv 2503.14476, eq. 13)."""
+        window, budget = self.config.trainer.overlong_tokens, self.config.sampler.response_tokens
+        if not window:
+            return rollout
+        excess = [max(0, rollout.tree.response_length(leaf) - (budget - window)) for leaf in rollout.tree.leaves()]
+        penalty = self.config.trainer.overlong_penalty
+        rewards = [
+            None if reward is None else reward - penalty * over / window
+            for reward, over in zip(rollout.rewards, excess, strict=True)
+        ]
+        return replace(rollout, rewards=rewards)
+
+    # Reporting and keeping -------------------------------------------------------------------------------------------
+
+    def _describe(self, step: int, sampled: Sequence[Rollout], used: Sequence[Rollout]) -> Metrics:
+        leaves = [(r.tree, leaf) for r in sampled for leaf in r.tree.leaves()]
+        rewards = [reward for r in sampled for reward in r.rewards if reward is not None]
+        unique = sum(r.tree.unique_tokens for r in sampled)
+        flat = sum(r.tree.flat_tokens for r in sampled)
+        logprobs = [lp for r in sampled for node in r.tree.nodes for lp in node.logprobs]
+        stops = Counter(str(tree.nodes[leaf].stop) for tree, leaf in leaves)
+        return {
+            "step": step,
+            "reward": float(np.mean(rewards)) if rewards else None,
+            "queries_sampled": len(sampled),
+            "queries_used": len(used),
+            "leaves": len(leaves),
+            "unscored": sum(reward is None for r in sampled for reward in r.rewards),
+            "tokens_generated": unique,
+            "tokens_flat": flat,
+            "sharing": flat / max(1, unique),
+            "response_tokens": flat / len(leaves),
+            "surprisal": -float(np.mean(logprobs)) if logprobs else None,  # an estimate of the entropy, in nats
+            "stops": {stop.value: stops[stop.value] for stop in Stop if stops[stop.value]},
+        }
+
+    def _evaluate(self) -> None:
+        step, n = self.state.step, min(self.config.evaluate.problems, len(self.actor.task.problems("test")))
+        found = evaluate(
+            self.actor,
+            self.config.sampler,
+            self.config.evaluate,
+            derive(self.config.seed, "evaluate"),
+            self._counter(partial(self.observer.evaluating, step), 2 * n),
+        )
+        self._record({"step": step, "tokens_total": self.state.generated_tokens, "evaluation": found.to_json()})
+        self.observer.evaluated(step, found)
+
+    def _record(self, metrics: Metrics) -> None:
+        self.folder.record(metrics)
+        self.accelerator.log(_numbers(metrics), step=metrics["step"])
+
+    def _save(self) -> None:
+        path = checkpoint.save(
+            self.folder.checkpoints,
+            self.actor.model,
+            self.actor.tokenizer,
+            self.optimizer.optimizer,
+            self.state,
+            self.config.trainer.keep_checkpoints,
+        )
+        self.observer.saved(path)
+
+    @staticmethod
+    def _counter(report: Callable[[int, int], None], trees: int) -> Callable[[int, Tree], None]:
+        done = 0
+
+        def one_more(index: int, tree: Tree) -> None:  # noqa: ARG001  # how many, not which
+            nonlocal done
+            done += 1
+            report(done, trees)
+
+        return one_more
+
+    def _accelerator(self) -> Accelerator:
+        trackers = list(self.config.trainer.trackers)
+        for name in trackers:
+            from importlib.util import find_spec
+
+            if find_spec(name) is None:
+                raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
+        cpu = causal_lm.device(self.config.model).type == "cpu"
+        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=str(self.folder.path))
+        if accelerator.num_processes > 1:
+            raise ConfigError(
+                f"this version trains in one process, but {accelerator.num_processes} were started: start one"
+            )
+        if trackers:
+            accelerator.init_trackers("treepo", _numbers(self.config.model_dump(mode="json")))
+        return accelerator
+
+
+def _has_spread(rollout: Rollout) -> bool:
+    return len({reward for reward in rollout.rewards if reward is not None}) > 1
+
+
+def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float | int | str | bool]:
+    """Nested values under dotted names, for trackers."""
+    flat: dict[str, float | int | str | bool] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, float | int | str | bool):
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,113 @@
+"""Bring up a new model: supervised fine-tuning on a teacher's worked examples.
+
+Reinforcement learning needs a policy that is right now and then. A model with random weights never is, so the demo
+first imitates a faulty teacher; `WarmupSettings` are tuned so that it starts at about .3 and has room to improve.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from treepo.attention import Causal
+from treepo.errors import ConfigError
+from treepo.model import context, hidden, logits
+from treepo.settings import Settings
+from treepo.tasks import Task, Teacher
+
+IGNORED = -100  # a target that the loss leaves out
+
+
+class TeachingTask(Task, Teacher, Protocol):
+    """A task with a teacher: what `isinstance(task, Teacher)` narrows a `Task` to."""
+
+
+class WarmupSettings(Settings):
+    """Supervised fine-tuning of a new model on the task's teacher, before reinforcement learning."""
+
+    steps: int = Field(1_100, ge=0, description="Optimizer steps; 0 leaves the model as it is.")
+    batch: int = Field(16, ge=1, description="Worked examples per step.")
+    lr: float = Field(5e-3, gt=0, description="Largest learning rate of AdamW, reached after `rise` of the steps.")
+    rise: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
+    beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's second moment; a short run wants it to forget soon.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: TeachingTask,
+    settings: WarmupSettings,
+    seed: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> None:
+    """Fine-tune `model` in place on lessons 0 .. steps * batch - 1 of the stream keyed by `seed`.
+
+    The loss is the mean next-token cross-entropy in nats over response and EOS tokens; prompts are context only. The
+    learning rate rises linearly, then falls to 0 along half a cosine. `progress(step, loss)` hears of every step,
+    counted from 1, with the loss before its update. The same seed gives the same weights bit for bit on one machine.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("warm-up: the tokenizer has no EOS token")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, settings))
+    for step in range(settings.steps):
+        first = step * settings.batch
+        rows = [_row(teacher, tokenizer, seed, first + i) for i in range(settings.batch)]
+        ids, targets = _padded(rows, tokenizer.eos_token_id)
+        if ids.shape[1] > context(model):
+            raise ConfigError(f"warm-up: a lesson of {ids.shape[1]} tokens exceeds the model's {context(model)}")
+        loss = _loss(model, ids.to(model.device), targets.to(model.device))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, loss.item())
+
+
+def _pace(step: int, settings: WarmupSettings) -> float:
+    """Share of the largest learning rate in `step`, counted from 0."""
+    rising = round(settings.rise * settings.steps)
+    if step < rising:
+        return (step + 1) / rising
+    return (1 + math.cos(math.pi * (step - rising) / max(1, settings.steps - rising))) / 2
+
+
+def _row(teacher: TeachingTask, tokenizer: PreTrainedTokenizerBase, seed: int, index: int) -> tuple[list[int], int]:
+    """Tokens of a lesson with its EOS, and how many of them are the prompt."""
+    problem, response = teacher.lesson(seed, index)
+    prompt = teacher.encode(tokenizer, problem)
+    return [*prompt, *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id], len(prompt)
+
+
+def _padded(rows: list[tuple[list[int], int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Token ids [B, T] and, for each, the token to predict next or IGNORED, [B, T].
+
+    Rows are filled up on the right: under causal attention no real token sees the filling.
+    """
+    ids = torch.full((len(rows), max(len(tokens) for tokens, _ in rows)), fill)
+    targets = torch.full_like(ids, IGNORED)
+    for i, (tokens, prompt) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        targets[i, prompt - 1 : len(tokens) - 1] = torch.tensor(tokens[prompt:])
+    return ids, targets
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the wanted targets; logits are computed for those only."""
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    wanted = targets != IGNORED
+    scores = logits(model, hidden(model, ids, positions, Causal())[wanted])  # [W, V]
+    return F.cross_entropy(scores.float(), targets[wanted])
