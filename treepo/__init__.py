@@ -1,3 +1,106 @@
-"""TreePO: reinforcement learning on language models with trees of rollouts."""
+"""TreePO: reinforcement learning on language models with trees of rollouts (arXiv 2508.17445).
+
+The public names below are loaded when they are first used, so that importing treepo loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from treepo.actor import Actor
+    from treepo.advantages import GRPO, RLOO, DrGRPO, ReinforcePP, TreePO
+    from treepo.config import Config, load
+    from treepo.engines import Engine, Handle, Sampling, Segment
+    from treepo.engines.local import LocalEngine, LocalSettings
+    from treepo.engines.scripted import ScriptedEngine
+    from treepo.errors import ConfigError, EngineError, TaskError, TreePOError
+    from treepo.forest import Forest
+    from treepo.sampler import Sampler, SamplerSettings
+    from treepo.tasks import Problem, Task
+    from treepo.trainer import Observer, Trainer
+    from treepo.tree import Node, Rollout, Stop, Tree, read_rollouts, write_rollouts
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Actor": "actor",
+    "Config": "config",
+    "ConfigError": "errors",
+    "DrGRPO": "advantages",
+    "Engine": "engines",
+    "EngineError": "errors",
+    "Forest": "forest",
+    "GRPO": "advantages",
+    "Handle": "engines",
+    "LocalEngine": "engines.local",
+    "LocalSettings": "engines.local",
+    "Node": "tree",
+    "Observer": "trainer",
+    "Problem": "tasks",
+    "RLOO": "advantages",
+    "ReinforcePP": "advantages",
+    "Rollout": "tree",
+    "Sampler": "sampler",
+    "SamplerSettings": "sampler",
+    "Sampling": "engines",
+    "ScriptedEngine": "engines.scripted",
+    "Segment": "engines",
+    "Stop": "tree",
+    "Task": "tasks",
+    "TaskError": "errors",
+    "Trainer": "trainer",
+    "Tree": "tree",
+    "TreePO": "advantages",
+    "TreePOError": "errors",
+    "load": "config",
+    "read_rollouts": "tree",
+    "write_rollouts": "tree",
+}
+
+__all__ = [
+    "GRPO",
+    "RLOO",
+    "Actor",
+    "Config",
+    "ConfigError",
+    "DrGRPO",
+    "Engine",
+    "EngineError",
+    "Forest",
+    "Handle",
+    "LocalEngine",
+    "LocalSettings",
+    "Node",
+    "Observer",
+    "Problem",
+    "ReinforcePP",
+    "Rollout",
+    "Sampler",
+    "SamplerSettings",
+    "Sampling",
+    "ScriptedEngine",
+    "Segment",
+    "Stop",
+    "Task",
+    "TaskError",
+    "Trainer",
+    "Tree",
+    "TreePO",
+    "TreePOError",
+    "__version__",
+    "load",
+    "read_rollouts",
+    "write_rollouts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'treepo' has no attribute {name!r}")
+    return getattr(import_module(f"treepo.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

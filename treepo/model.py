@@ -26,11 +26,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Shape(Settings):
     """A new Qwen2-shaped model with random weights and the task's own tokenizer."""
 
-    hidden: int = Field(64, gt=0)
-    layers: int = Field(2, gt=0)
-    heads: int = Field(4, gt=0)
-    kv_heads: int = Field(4, gt=0)
-    ffn: int = Field(128, gt=0)
+    hidden: int = Field(64, gt=0, description="Width of the residual stream.")
+    layers: int = Field(2, gt=0, description="Decoder layers.")
+    heads: int = Field(4, gt=0, description="Attention heads for queries.")
+    kv_heads: int = Field(4, gt=0, description="Attention heads for keys and values; divides `heads`.")
+    ffn: int = Field(128, gt=0, description="Width of the feed-forward layers.")
     context: int = Field(256, gt=1, description="Most tokens of prompt and response together.")
 
     @model_validator(mode="after")
@@ -45,7 +45,7 @@ class ModelSettings(Settings):
 
     path: str | None = Field(None, description="Folder (or Hub name) of a causal LM and its tokenizer.")
     create: Shape | None = Field(None, description="Or: the shape of a new model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and activations.")
     device: str = Field("auto", description="A torch device; auto takes CUDA where it is, else the CPU.")
 
     @model_validator(mode="after")

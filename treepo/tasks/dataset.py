@@ -58,8 +58,10 @@ class DatasetTask(Settings):
     chat: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether the tokenizer's chat template is applied; auto: where it has one."
     )
+    # The attribute cannot be called `reward`: that is the method.
     reward_function: str = Field(
         "math",
+        alias="reward",
         pattern=r"^(math|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
         description="math: 1 if the last boxed answer equals the right one, else 0. Or my_module:my_function, called "
         "as my_function(prompt=..., response=..., answer=...), which returns a number.",
@@ -276,11 +278,11 @@ def _function(spec: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:  # importing runs the user's code, which may raise anything
         raise TaskError(
-            f"task.reward_function: cannot import {module_name!r}: {type(error).__name__}: {_line(error)}"
+            f"task.reward: cannot import {module_name!r}: {type(error).__name__}: {_line(error)}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         what = "is not callable" if function is not None else "does not exist"
-        raise TaskError(f"task.reward_function: {name!r} in {module_name!r} {what}{nearest(name, known)}")
+        raise TaskError(f"task.reward: {name!r} in {module_name!r} {what}{nearest(name, known)}")
     return function  # type: ignore[no-any-return]

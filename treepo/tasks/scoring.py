@@ -143,7 +143,7 @@ def _hello(task: Task, settings: ScoringSettings) -> bytes:
     value = {
         "module": kind.__module__,
         "name": kind.__qualname__,
-        "settings": task.model_dump(mode="json"),
+        "settings": task.model_dump(mode="json", by_alias=True),
         **settings.model_dump(include={"timeout_s", "memory_gib"}),
     }
     return json.dumps(value).encode() + b"\n"
