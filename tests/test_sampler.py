@@ -284,9 +284,12 @@ def test_failed_requests_are_sent_again_then_cost_their_leaf_only() -> None:
 
 
 def test_an_engine_that_always_fails_gives_trees_of_error_leaves() -> None:
-    (tree,) = sampler(ScriptedEngine(mixed_reply, failure_rate=1.0)).sample([("q", [2])], 0)
+    grow = sampler(ScriptedEngine(mixed_reply, failure_rate=1.0))
+    (tree,) = grow.sample([("q", [2])], 0)
     assert [tree.nodes[leaf].stop for leaf in tree.leaves()] == [Stop.ERROR] * 8
     assert tree.flat_tokens == 0
+    assert set(grow.failures) == {("q", leaf) for leaf in tree.leaves()}
+    assert all("attempt 3" in why for why in grow.failures.values())
 
 
 def test_a_bug_in_an_engine_is_not_swallowed_and_every_tree_is_closed() -> None:

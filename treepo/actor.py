@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from treepo.engines import Engine
 from treepo.errors import ConfigError, TaskError
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tasks import Problem, Task
-from treepo.tasks.scoring import Scorer
+from treepo.tasks.scoring import Score, Scorer
 from treepo.tree import Rollout, Stop, Tree
 
 
@@ -72,12 +72,14 @@ class Actor:
         grower = Sampler(self.engine, sampler, self.decode, causal_lm.stop_ids(self.model, self.tokenizer))
         trees = grower.sample(prompts, seed, progress=progress, on_tree=on_tree)
         sampled = time.perf_counter()
-        scored = self._score([problem for _, problem in problems], trees)
+        scored = self._score([problem for _, problem in problems], trees, grower.failures)
         self.seconds["sample"] += sampled - start
         self.seconds["score"] += time.perf_counter() - sampled
         return scored
 
-    def _score(self, problems: Sequence[Problem], trees: Sequence[Tree]) -> list[Rollout]:
+    def _score(
+        self, problems: Sequence[Problem], trees: Sequence[Tree], failures: Mapping[tuple[str, int], str]
+    ) -> list[Rollout]:
         asked = [
             (t, leaf)
             for t, tree in enumerate(trees)
@@ -88,8 +90,7 @@ class Actor:
         known = dict(zip(asked, scores, strict=True))
         rollouts = []
         for t, (problem, tree) in enumerate(zip(problems, trees, strict=True)):
-            found = {leaf: known.get((t, leaf)) for leaf in tree.leaves()}
-            reasons = {leaf: score.reason if score else "engine error" for leaf, score in found.items()}
-            rewards = [score.reward if score else None for score in found.values()]
-            rollouts.append(Rollout(problem.id, tree, rewards, {leaf: why for leaf, why in reasons.items() if why}))
+            found = {leaf: known.get((t, leaf)) or Score(None, failures[tree.key, leaf]) for leaf in tree.leaves()}
+            reasons = {leaf: score.reason for leaf, score in found.items() if score.reason}
+            rollouts.append(Rollout(problem.id, tree, [score.reward for score in found.values()], reasons))
         return rollouts

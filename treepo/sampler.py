@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Literal, TypeVar
 
@@ -58,6 +58,7 @@ class Sampler:
     settings: SamplerSettings
     decode: Callable[[Sequence[int]], str]  # response token ids -> text without special tokens
     stop_ids: Collection[int]
+    failures: dict[tuple[str, int], str] = field(default_factory=dict)  # (key, `ERROR` leaf) -> why it was given up
 
     def sample(
         self,
@@ -117,8 +118,10 @@ class Sampler:
         )
         born = []
         for (node, _), seed, reply in zip(places, seeds, replies, strict=True):
-            if reply is None:
-                born.append(tree.add(node, [], [], seed=seed, version=tree.nodes[node].version, stop=Stop.ERROR))
+            if isinstance(reply, EngineError):
+                leaf = tree.add(node, [], [], seed=seed, version=tree.nodes[node].version, stop=Stop.ERROR)
+                self.failures[tree.key, leaf] = str(reply)
+                born.append(leaf)
                 continue
             child = tree.add(node, reply.tokens, reply.logprobs, seed=seed, version=reply.version)
             if (stop := self._stop(tree, child)) is not None:
@@ -126,15 +129,16 @@ class Sampler:
             born.append(child)
         return born
 
-    async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | None:
+    async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:
         room = self.settings.response_tokens - tree.response_length(node)
         tokens = room if self.settings.mode == "iid" else min(self.settings.segment_tokens, room)
+        failure = EngineError("never asked")
         for _ in range(self.settings.retries + 1):
             try:
                 return await handle.generate(node, tokens, seed)
-            except EngineError:
-                continue
-        return None
+            except EngineError as error:
+                failure = error
+        return failure
 
     def _stop(self, tree: Tree, node: int) -> Stop | None:
         settings = self.settings
