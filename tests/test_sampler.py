@@ -308,7 +308,7 @@ def test_trees_are_reported_as_they_are_complete_and_returned_in_order() -> None
 
     seen: list[int] = []
     grow = sampler(ScriptedEngine(short_or_long), width=4)
-    trees = grow.sample([("slow", [2]), ("quick", [9])], 0, on_tree=lambda i, tree: seen.append(i))
+    trees = grow.sample([("slow", [2]), ("quick", [9])], 0, on_tree=lambda i, _: seen.append(i))
     assert seen == [1, 0] and [tree.key for tree in trees] == ["slow", "quick"]
 
 

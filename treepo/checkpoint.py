@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +55,11 @@ def save(
             shutil.rmtree(final)
         part.rename(final)
         _sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
         shutil.rmtree(part, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{final}: cannot write the checkpoint: {error.strerror or error}; the last complete one stands: "
+            f"{final}: cannot write the checkpoint: {reason}; the last complete one stands: "
             "make room and continue with --resume"
         ) from error
     for old in _all(folder)[:-keep]:

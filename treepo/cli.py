@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -82,7 +83,7 @@ def train(
     )
     print_saved(console, model=trainer.folder.latest_checkpoint(), learning_curve=draw_curve(trainer.folder))
     if state.step < settings.trainer.steps:
-        console.print(f"stopped early; go on with: treepo train {config} --resume")
+        console.print(f"stopped early; go on with: treepo train {trainer.folder.path} --resume", soft_wrap=True)
         raise typer.Exit(130)
 
 
@@ -95,6 +96,7 @@ def sample(
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
     draw: Annotated[int, typer.Option(min=0, help="How many of the trees to draw.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Also write the rollouts to this .jsonl or .jsonl.gz file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write what was drawn to this .svg file.")] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Grow trees for a few problems, score and draw them.
@@ -119,14 +121,18 @@ def sample(
         with _bar("sampling", len(keyed)) as advance:
             rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_tree=advance)
         console.print(rollout_table(rollouts))
-        for rollout in rollouts[:draw]:
-            console.print(drawing(rollout, actor.decode, max(20, console.width - 40)))
-    if out is not None:
-        try:
+        drawings = [drawing(rollout, actor.decode, max(20, console.width - 40)) for rollout in rollouts[:draw]]
+        console.print(*drawings, sep="\n\n")
+    try:
+        if out is not None:
             write_rollouts(out, rollouts)
-        except OSError as error:
-            raise ConfigError(f"--out: cannot write {out}: {error.strerror}") from error
-        print_saved(console, rollouts=out)
+        if svg is not None:
+            picture = Console(record=True, width=console.width, file=io.StringIO())
+            picture.print(*drawings, sep="\n\n")
+            picture.save_svg(str(svg), title="treepo sample")
+    except OSError as error:
+        raise ConfigError(f"--out, --svg: cannot write {error.filename}: {error.strerror}") from error
+    print_saved(console, rollouts=out, picture=svg)
 
 
 @app.command("eval")
@@ -203,6 +209,7 @@ def _load(config: Path, overrides: list[str] | None, model: str | None, *, newes
 
     changes = list(overrides or [])
     if config.is_dir():
+        changes.insert(0, f"out={json.dumps(str(config))}")  # wherever it was moved since, or is seen from
         if newest and model is None and not any(change.startswith("model.path=") for change in changes):
             from treepo.checkpoint import latest
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,15 @@ class RunFolder:
 
     def record(self, metrics: Metrics) -> None:
         """Append a line to `metrics.jsonl`."""
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def write_trees(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Keep the rollouts of a step."""
-        (self.path / "trees").mkdir(exist_ok=True)
-        write_rollouts(self.path / "trees" / f"step-{step:06d}.jsonl.gz", rollouts)
+        trees = self.path / "trees"
+        with _writing(trees):
+            trees.mkdir(exist_ok=True)
+            write_rollouts(trees / f"step-{step:06d}.jsonl.gz", rollouts)
 
     def forget_after(self, step: int | None) -> None:
         """Drop what a killed run reported after its last checkpoint (None: it had none): it will be done again."""
@@ -74,6 +77,14 @@ class RunFolder:
                 f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume with its own settings "
                 f"({self.path / 'config.yaml'}), or start another run (out=...)"
             )
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}; mend it, and continue with --resume") from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:

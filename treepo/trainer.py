@@ -76,7 +76,9 @@ def build_actor(config: Config, path: str | None = None, observer: Observer | No
     task = config.task
     device = causal_lm.device(config.model)
     if source is not None:
-        tokenizer = causal_lm.load_tokenizer(source)
+        # A created model keeps its own: transformers takes the tokenizer of any Qwen2-shaped folder for Qwen2's.
+        own = config.model.create is not None and isinstance(task, Teacher)
+        tokenizer = task.tokenizer() if own else causal_lm.load_tokenizer(source)
         model = causal_lm.load(source, config.model.dtype, device)
     else:
         if not isinstance(task, Teacher) or config.model.create is None:
@@ -130,6 +132,7 @@ class Trainer:
             if found:
                 self.state = checkpoint.load_state(found)
                 checkpoint.load_optimizer(found, model, optimizer)
+                self.actor.engine.load_weights(self.state.step)
             self.folder.forget_after(self.state.step if found else None)
         except BaseException:  # not handled, only tidied up after
             self._exit.close()

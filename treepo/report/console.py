@@ -137,28 +137,30 @@ def rollout_table(rollouts: Sequence[Rollout]) -> Table:
 
 
 def drawing(rollout: Rollout, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:
-    """The tree as text: each segment, and at its leaves why they ended and what they are worth."""
+    """The tree as text, forks as branches: segments parted by `·`, and at a leaf why it ended and what it is worth."""
     tree = rollout.tree
     reward = dict(zip(tree.leaves(), rollout.rewards, strict=True))
 
-    def text(node: int) -> str:
-        line = decode(tree.nodes[node].tokens).replace("\n", "\\n")
+    def text(chain: list[int]) -> str:
+        line = "·".join(decode(tree.nodes[node].tokens).replace("\n", "\\n") for node in chain)
         line = line if len(line) <= width else f"{line[: width // 2 - 1]}…{line[-width // 2 :]}"
-        if node not in reward:
+        leaf = chain[-1]
+        if leaf not in reward:
             return escape(line)
-        worth = reward[node]
+        worth = reward[leaf]
         style = "dim" if worth is None else "green" if worth > 0 else "red"
-        shown = rollout.reasons.get(node, "?") if worth is None else f"{worth:g}"
-        return f"{escape(line)}  [{style}]{tree.nodes[node].stop} {escape(shown)}[/]"
+        shown = rollout.reasons.get(leaf, "?") if worth is None else f"{worth:g}"
+        return f"{escape(line)}  [{style}]{tree.nodes[leaf].stop} {escape(shown)}[/]"
 
     drawn = Drawing(f"[bold]{escape(decode(tree.prompt))}[/]")
-    places = {ROOT: drawn}
-    todo = [ROOT]
+    todo = [(ROOT, drawn)]
     while todo:
-        node = todo.pop(0)
+        node, place = todo.pop()
         for child in tree.children[node]:
-            places[child] = places[node].add(text(child))
-            todo.append(child)
+            chain = [child]
+            while len(tree.children[chain[-1]]) == 1:
+                chain += tree.children[chain[-1]]
+            todo.append((chain[-1], place.add(text(chain))))
     return drawn
 
 

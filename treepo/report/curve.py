@@ -34,8 +34,8 @@ def draw_curve(folder: RunFolder) -> Path | None:
     left.legend(fontsize=7, loc="lower right")
     if steps:
         at = [m["step"] for m in steps]
-        right.plot(at, [m["tokens_flat"] for m in steps], color="0.65", label="trained on (flat)")
-        right.plot(at, [m["tokens_generated"] for m in steps], color="tab:blue", label="generated (unique)")
+        right.plot(at, [m["tokens_flat"] for m in steps], color="0.65", label="flat: one row per leaf")
+        right.plot(at, [m["tokens_generated"] for m in steps], color="tab:blue", label="generated: a shared token once")
         right.set(xlabel="step", ylabel="response tokens per step")
         right.set_ylim(bottom=0)
         right.legend(fontsize=7, loc="lower right")
