@@ -3,10 +3,10 @@
 import json
 
 import pytest
+from conftest import grow_random, rollout_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import grow_random, rollout_of
 from treepo.errors import TaskError
 from treepo.tree import ROOT, Rollout, Stop, Tree, read_rollouts, write_rollouts
 

@@ -1,0 +1,68 @@
+"""The documents tell the truth: commands run, examples run, generated pages are fresh."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from docs.configuration import PAGE, page
+from treepo.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_configuration_page_is_what_the_settings_say() -> None:
+    assert PAGE.read_text() == page(), "run `make docs`"
+
+
+def test_every_setting_has_a_meaning_on_the_configuration_page() -> None:
+    assert "see the kinds of" not in re.sub(r"\| `(task|advantage)` \|.*", "", page())
+    assert re.search(r"\| *\|$", page(), flags=re.MULTILINE) is None
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.splitlines()) <= 150
+    for text, folder in ((README, ROOT), (TRAINING, ROOT / "docs")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (folder / target).exists(), target
+
+
+def test_the_readmes_python_is_the_example_that_is_run() -> None:
+    example = (ROOT / "examples" / "grow_a_tree.py").read_text()
+    (code,) = blocks(README, "python")
+    assert example.endswith(f'"""\n\n{code}')
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_every_example_runs(example: Path) -> None:
+    done = subprocess.run([sys.executable, example], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("text", [README, TRAINING], ids=["README", "training"])
+def test_the_commands_of_the_documents_are_accepted(text: str, tmp_path: Path) -> None:
+    """Every `treepo ...` line, with MODEL, CONFIG and the like filled in, as a dry run; every `make` target exists."""
+    known = {"CONFIG": "configs/program.yaml", "key=value": "seed=1", "...": None}
+    checked = 0
+    for line in "\n".join(blocks(text, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        if words[:1] == ["treepo"]:
+            given = [known.get(word, word) for word in words[1:]]
+            command = [str(ROOT / word) if str(word).startswith("configs/") else word for word in given if word]
+            result = CliRunner().invoke(app, [*command, *([] if "--dry-run" in command else ["--dry-run"])])
+            assert result.exit_code == 0, f"{line}: {result.output}"
+            checked += 1
+    assert checked >= 2
