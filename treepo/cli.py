@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from treepo import __version__
 from treepo.errors import ConfigError, TreePOError
 
 if TYPE_CHECKING:  # a help page must not wait for torch
@@ -38,6 +39,21 @@ ModelFolder = Annotated[
     str | None, typer.Option("--model", metavar="FOLDER", help="Use this model instead of the configuration's.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"treepo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

@@ -22,24 +22,33 @@ MAY_CHANGE = {"trainer": {"steps", "eval_every", "save_every", "keep_checkpoints
 
 
 class RunFolder:
-    """Claimed by one run; one that holds a run already is refused unless that run is resumed with its own settings."""
+    """Belongs to one run; one that holds a run already is refused unless that run is resumed with its own settings.
+
+    `claim` makes it this run's, once all that can be checked beforehand is.
+    """
 
     def __init__(self, config: Config, *, resume: bool) -> None:
         self.path = Path(config.out)
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        resolved = self.path / "config.yaml"
-        if resolved.exists():
+        self._config = config
+        self._resolved = self.path / "config.yaml"
+        if self._resolved.exists():
             if not resume:
                 raise ConfigError(
                     f"out: {self.path} holds a run already: continue it with --resume, or choose another (out=...)"
                 )
-            self._require_same(configuration.load(resolved), config)
+            self._require_same(configuration.load(self._resolved), config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            resolved.write_text(f"# treepo {__version__}\n{configuration.dump(config)}", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"out: cannot write to {self.path}: {error.strerror}") from error
+
+    def claim(self) -> None:
+        """Write the resolved configuration."""
+        with _writing(self.path):
+            header = f"# treepo {__version__}\n"
+            self._resolved.write_text(header + configuration.dump(self._config), encoding="utf-8")
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -84,7 +93,9 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}; mend it, and continue with --resume") from error
+        raise ConfigError(
+            f"{path}: cannot be written: {error.strerror}; mend it, and continue with --resume"
+        ) from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:

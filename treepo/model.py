@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,14 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from treepo.attention import Causal, Plan, PlanName, install, plan_for
 from treepo.errors import ConfigError
@@ -20,6 +28,7 @@ from treepo.settings import Settings
 
 CHUNK_LOGITS = 1 << 23  # logits alive at once in `token_logprobs`: 32 MB in float32
 
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -67,8 +76,14 @@ def device(settings: ModelSettings) -> torch.device:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model folder."""
-    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer, path)
+    """The tokenizer saved in a model folder.
+
+    AutoTokenizer goes by the type of the model: it takes the tokenizer of any Qwen2-shaped folder for Qwen2's own. One
+    that was saved as a plain `tokenizers` file is loaded as that.
+    """
+    saved = Path(path).expanduser() / "tokenizer_config.json"
+    plain = saved.is_file() and json.loads(saved.read_text(encoding="utf-8")).get("tokenizer_class") in PLAIN_TOKENIZERS
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(PreTrainedTokenizerFast if plain else AutoTokenizer, path)
     return tokenizer
 
 

@@ -72,18 +72,17 @@ def build_actor(config: Config, path: str | None = None, observer: Observer | No
     """The actor that `config` describes, its model loaded from `path` if given; a created model is warmed up."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    source = path or config.model.path
-    task = config.task
+    task, source = config.task, path or config.model.path
     device = causal_lm.device(config.model)
-    if source is not None:
-        # A created model keeps its own: transformers takes the tokenizer of any Qwen2-shaped folder for Qwen2's.
-        own = config.model.create is not None and isinstance(task, Teacher)
-        tokenizer = task.tokenizer() if own else causal_lm.load_tokenizer(source)
-        model = causal_lm.load(source, config.model.dtype, device)
-    else:
-        if not isinstance(task, Teacher) or config.model.create is None:
-            raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
+    if config.model.path is not None:
+        tokenizer = causal_lm.load_tokenizer(config.model.path)
+    elif isinstance(task, Teacher):
         tokenizer = task.tokenizer()
+    else:
+        raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
+    if source is not None:
+        model = causal_lm.load(source, config.model.dtype, device)
+    elif config.model.create is not None:
         seed = derive(config.seed, "weights")
         model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
     causal_lm.stop_ids(model, tokenizer)  # fail before the warm-up, not after it
@@ -117,22 +116,23 @@ class Trainer:
         self.state = State()
         self.stopping = False
         self._exit = ExitStack()
+        # What the user may have got wrong comes before what takes long.
+        self.problems = config.task.problems("train")
+        if config.trainer.eval_every:
+            config.task.problems("test")
+        self.accelerator = self._accelerator()
         found = self.folder.latest_checkpoint()
-        settings = config.trainer
         self.actor = build_actor(config, str(found) if found else None, self.observer)
         self._exit.callback(self.actor.scorer.close)
         try:
-            self.problems = self.actor.task.problems("train")
-            if config.trainer.eval_every:
-                self.actor.task.problems("test")
-            self.accelerator = self._accelerator()
-            model = self.actor.model
+            model, settings = self.actor.model, config.trainer
             optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
             self.optimizer = self.accelerator.prepare(optimizer)
             if found:
                 self.state = checkpoint.load_state(found)
                 checkpoint.load_optimizer(found, model, optimizer)
                 self.actor.engine.load_weights(self.state.step)
+            self.folder.claim()
             self.folder.forget_after(self.state.step if found else None)
         except BaseException:  # not handled, only tidied up after
             self._exit.close()
