@@ -28,7 +28,7 @@ def main() -> None:
     pool = [[rng.randrange(1, 64) for _ in range(SEGMENT)] for _ in range(1024)]
     replies = [*pool, *([*tokens[:7], EOS] for tokens in pool[:64])]  # 6 % of the segments end in EOS
 
-    def reply(prefix: Sequence[int], max_tokens: int, seed: int) -> list[int]:
+    def reply(prefix: Sequence[int], max_tokens: int, seed: int) -> list[int]:  # noqa: ARG001
         return replies[seed % len(replies)]
 
     def decode(tokens: Sequence[int]) -> str:

@@ -19,20 +19,50 @@ PROJECT = PACKAGE.parent
 LONGEST_FILE = 420
 
 # Read from top to bottom it is the algorithm: a module imports only from those above it.
-ORDER = """
-errors seeds settings
-tree forest
-tasks tasks.math tasks.program tasks.dataset tasks.scoring tasks.worker
-packing attention model warmup
-engines engines.draw engines.batch engines.kvcache engines.local engines.scripted
-policies policies.branching policies.stopping policies.fallback
-sampler
-advantages.group advantages.treepo advantages.whitening advantages
-loss
-actor evaluate config checkpoint folder trainer
-report report.console report.curve
-doctor cli
-""".split()
+ORDER = [
+    "errors",
+    "seeds",
+    "settings",
+    "tree",
+    "forest",
+    "tasks",
+    "tasks.math",
+    "tasks.program",
+    "tasks.dataset",
+    "tasks.scoring",
+    "tasks.worker",
+    "packing",
+    "attention",
+    "model",
+    "warmup",
+    "engines",
+    "engines.draw",
+    "engines.batch",
+    "engines.kvcache",
+    "engines.local",
+    "engines.scripted",
+    "policies",
+    "policies.branching",
+    "policies.stopping",
+    "policies.fallback",
+    "sampler",
+    "advantages.group",
+    "advantages.treepo",
+    "advantages.whitening",
+    "advantages",
+    "loss",
+    "actor",
+    "evaluate",
+    "config",
+    "checkpoint",
+    "folder",
+    "trainer",
+    "report",
+    "report.console",
+    "report.curve",
+    "doctor",
+    "cli",
+]
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))

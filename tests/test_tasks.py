@@ -274,7 +274,7 @@ def test_a_data_set_gives_other_columns_marks_numbers_and_a_limit(tmp_path):
         ([{"question": "a", "answer": ["1"]}], "d.jsonl:1: 'answer' holds a list; expected a text or a number"),
         ([], "d.jsonl: no rows"),
         (["\n"], "d.jsonl: no rows"),
-        ([ROWS[0]], "d.jsonl: 1 different questions are too few for test_fraction"),
+        ([ROWS[0]], "d.jsonl: too few different questions to hold out test_fraction of them"),
     ],
 )
 def test_bad_rows_are_reported_with_file_and_line(tmp_path, lines, message):

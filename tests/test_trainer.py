@@ -336,7 +336,7 @@ def test_a_checkpoint_is_a_model_folder_of_transformers(tmp_path, start):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer.encode("x=6;x-=2;,?")])
     assert ids[0].tolist() == trainer.actor.tokenizer.encode("x=6;x-=2;,?")
-    assert tokenizer.decode(ids[0]) == "x=6;x-=2;,?" and tokenizer.eos_token == "<eos>"
+    assert tokenizer.decode(ids[0]) == "x=6;x-=2;,?" and tokenizer.eos_token == "<eos>"  # noqa: S105
     assert model(input_ids=ids).logits.shape == (1, 11, model.config.vocab_size)
     for name, value in trainer.actor.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
@@ -387,7 +387,10 @@ def test_an_observer_hears_of_everything_once(tmp_path):
 
 def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, start):
     huge = ("trainer.overlong_tokens=20", "trainer.overlong_penalty=1e30", "advantage.kind=dr_grpo")
-    with pytest.raises(TreePOError, match=r"^step 1: the gradient is not finite \(norm inf\); .* --resume$"):
+    with pytest.raises(
+        TreePOError,
+        match=r"^step 1: the gradient is not finite \(norm inf\) and was not applied: .*--model .*step-000000",
+    ):
         trained(tmp_path, *start, *huge)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000000"]
 
@@ -406,9 +409,11 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
     config = small_config(tmp_path, *UNWARMED)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("a file")
-    with pytest.raises(ConfigError, match=r"step-000000: cannot write the checkpoint: Not a directory; .*--resume$"):
-        with Trainer(config) as trainer:
-            trainer.run()
+    refused = pytest.raises(
+        ConfigError, match=r"step-000000: cannot write the checkpoint: Not a directory; .*--resume$"
+    )
+    with refused, Trainer(config) as trainer:
+        trainer.run()
 
 
 def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_last_one(tmp_path):

@@ -180,7 +180,7 @@ def evaluate_(
     if as_json:
         print(json.dumps(found.to_json()))
     else:
-        console.print(held_out_table([(settings.model.path or "new model", found)]))
+        console.print(held_out_table([(Path(settings.model.path or "new model").name, found)]))
 
 
 @app.command()

@@ -117,6 +117,11 @@ class Trainer:
         self.stopping = False
         self._exit = ExitStack()
         # What the user may have got wrong comes before what takes long.
+        if config.model.dtype != "float32":
+            raise ConfigError(
+                f"model.dtype: training needs float32 weights, because updates are lost in {config.model.dtype}; "
+                "sample and eval take any"
+            )
         self.problems = config.task.problems("train")
         if config.trainer.eval_every:
             config.task.problems("test")
@@ -287,8 +292,8 @@ class Trainer:
         norm = float(norm) if norm is not None else 0.0
         if not math.isfinite(norm):
             raise TreePOError(
-                f"step {step}: the gradient is not finite (norm {norm}); the weights are those of the last checkpoint: "
-                "lower trainer.lr, or use model.dtype=float32, and continue with --resume"
+                f"step {step}: the gradient is not finite (norm {norm}) and was not applied: start another run with a "
+                f"lower trainer.lr, from the last checkpoint (--model {self.folder.latest_checkpoint()}) or an older one"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()

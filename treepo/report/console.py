@@ -114,7 +114,7 @@ def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
 
 def rollout_table(rollouts: Sequence[Rollout]) -> Table:
     """What was sampled, a row per tree."""
-    table = Table(title=f"{len(rollouts)} trees")
+    table = Table(title="1 tree" if len(rollouts) == 1 else f"{len(rollouts)} trees")
     for name, justify in (
         ("problem", "left"),
         *((n, "right") for n in ("leaves", "reward", "generated", "flat", "sharing")),

@@ -128,7 +128,8 @@ def _splits(task: DatasetTask) -> tuple[Sequence[Problem], Sequence[Problem]]:
         train, test = _held_out(train, task.test_fraction)
         if not train:
             raise TaskError(
-                f"{task.path}: {len(test)} different questions are too few for test_fraction: set test_path"
+                f"{task.path}: too few different questions to hold out test_fraction of them: set task.test_path, or "
+                "task.test_fraction=0 and trainer.eval_every=0"
             )
     return tuple(train[: task.limit]), tuple(test[: task.limit])
 

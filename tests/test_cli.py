@@ -1,0 +1,227 @@
+"""The command line as a user meets it: own model and data, help, and bad input in one line each."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from small_runs import save_model, save_questions, small_config, write_config
+from typer.testing import CliRunner
+
+import treepo
+from treepo.cli import app, main
+from treepo.config import load
+from treepo.trainer import Trainer
+from treepo.tree import read_rollouts
+
+ROOT = Path(__file__).parents[1]
+DATASET = str(ROOT / "configs" / "dataset.yaml")
+SMALL = ["threads=1", "sampler.width=4", "sampler.segment_tokens=4", "sampler.max_depth=3", "task.instruction=''"]
+QUICK = ["trainer.steps=2", "trainer.prompts_per_step=2", "trainer.mini_batches=1", "trainer.eval_every=0"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "100"}, catch_exceptions=False)
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line on stderr with which a command fails; the arguments are those of a shell."""
+    monkeypatch.setattr("sys.argv", ["treepo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in "".join(lines), lines
+    return errors[0]
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    config = small_config(folder, "trainer.eval_every=1", "trainer.steps=1")
+    with Trainer(config) as trainer:
+        trainer.run()
+    return folder / "run"
+
+
+def own(tmp_path: Path, family: str = "llama", **model: object) -> list[str]:
+    """Overrides for a model and questions of the user's own."""
+    folder = save_model(tmp_path / "model", family, **model)
+    questions = save_questions(tmp_path / "questions.jsonl")
+    fraction = "task.test_fraction=0.3"
+    return [f"model.path={folder}", f"task.path={questions}", fraction, f"out={tmp_path / 'run'}", *SMALL]
+
+
+# What works -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval", "doctor"])
+def test_help_fits_a_hundred_columns_and_teaches(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 100
+    if command != "doctor":
+        assert "--dry-run" in result.output and "--model" in result.output
+        assert re.search(r"treepo \w+ \S+", result.output.split("Arguments")[0].split("Usage")[1]), "an example"
+
+
+def test_the_version_is_the_packages() -> None:
+    assert run("--version").output == f"treepo {treepo.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "eval"])
+def test_a_dry_run_prints_a_configuration_that_loads_back(command: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    result = run(command, path, "sampler.width=5", "--dry-run")
+    again = tmp_path / "again.yaml"
+    again.write_text(result.output)
+    assert load(again) == load(path, ["sampler.width=5"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_users_own_model_and_questions_train_sample_and_evaluate(family: str, tmp_path: Path) -> None:
+    given = own(tmp_path, family)
+    result = run("train", DATASET, *given, *QUICK, "trainer.save_trees_every=1", "trainer.dynamic_sampling=null")
+    assert result.exit_code == 0, result.output
+    newest = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert (newest / "model.safetensors").is_file() and (tmp_path / "run" / "curve.png").is_file()
+    assert len(list(read_rollouts(tmp_path / "run" / "trees" / "step-000002.jsonl.gz"))) == 2
+
+    out, svg = tmp_path / "trees.jsonl", tmp_path / "trees.svg"
+    result = run(
+        "sample", DATASET, *given, "--model", newest, "--problems", 2, "--split", "train", "--out", out, "--svg", svg
+    )
+    assert result.exit_code == 0, result.output
+    assert "2 trees" in result.output and "├──" in result.output and "<svg" in svg.read_text()
+    rollouts = list(read_rollouts(out))
+    assert len(rollouts) == 2 and all(len(r.tree.leaves()) == 4 for r in rollouts)
+
+    result = run("eval", tmp_path / "run", "evaluate.samples=2", "--json")
+    assert result.exit_code == 0 and json.loads(result.output)["samples"] == 2
+
+
+def test_a_run_folder_stands_for_its_configuration_and_newest_model(finished_run: Path) -> None:
+    result = run("sample", finished_run, "--problems", 1)
+    assert result.exit_code == 0 and "1 tree" in result.output
+    result = run("eval", finished_run)
+    assert result.exit_code == 0 and "sampled pass@1" in result.output and "step-000001" in result.output
+
+
+def test_a_finished_run_can_be_resumed_from_its_folder(finished_run: Path) -> None:
+    result = run("train", finished_run, "--resume")
+    assert result.exit_code == 0 and "resuming after step 1 of 1" in result.output
+
+
+def test_the_doctor_finds_the_engines_well() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for what in ("engine local", "engine scripted", "bounded rewards", "torch"):
+        assert re.search(rf"{what}\s+│ ok", result.output), result.output
+
+
+def test_a_reward_of_ones_own_is_named_by_module_and_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lengths.py").write_text("def brief(prompt, response, answer):\n    return 1 / (1 + len(response))\n")
+    monkeypatch.chdir(tmp_path)
+    result = run("train", DATASET, *own(tmp_path), *QUICK, "task.reward=lengths:brief", "trainer.save_trees_every=1")
+    assert result.exit_code == 0, result.output
+    rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
+    for rollout in rollouts:
+        for leaf, reward in zip(rollout.tree.leaves(), rollout.rewards, strict=True):
+            # One character a token, and EOS is none of them.
+            length = rollout.tree.response_length(leaf) - (rollout.tree.nodes[leaf].stop == "eos")
+            assert reward == pytest.approx(1 / (1 + length))
+
+
+# What does not --------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = write_config(tmp_path)
+    for override, message in (
+        ("sampler.widht=3", "sampler.widht: unknown key; did you mean 'width'?"),
+        ("sampler.width=wide", "sampler.width: Input should be a valid integer"),
+        ("sampler.width=0", "sampler.width: Input should be greater than or equal to 1, not 0"),
+        ("model.device=toaster", "model.device: 'toaster' is not usable here"),
+        ("model.dtype=bfloat16", "model.dtype: training needs float32 weights"),
+    ):
+        assert message in fail(monkeypatch, capsys, "train", path, override)
+    assert "absent.yaml: cannot be read" in fail(monkeypatch, capsys, "train", tmp_path / "absent.yaml")
+    assert "--split: train or test, not 'dev'" in fail(monkeypatch, capsys, "sample", path, "--split", "dev")
+
+
+def test_a_segment_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    error = fail(monkeypatch, capsys, "train", write_config(tmp_path), "sampler.segment_tokens=64", "warmup=null")
+    assert "4 segments of 64 tokens" in error and "lower sampler.segment_tokens or sampler.max_depth" in error
+
+
+def test_bad_models_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    given = own(tmp_path, eos=False)
+    assert "the tokenizer has no EOS token: set `eos_token`" in fail(monkeypatch, capsys, "train", DATASET, *given)
+    given[0] = f"model.path={tmp_path / 'absent'}"
+    assert "is not a folder with a config.json" in fail(monkeypatch, capsys, "train", DATASET, *given)
+    (tmp_path / "empty").mkdir()
+    given[0] = f"model.path={tmp_path / 'empty'}"
+    assert "is not a folder with a config.json" in fail(monkeypatch, capsys, "train", DATASET, *given)
+
+
+def test_bad_data_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
+    given = own(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1+1=?", "answer": "2"}\n{"question": "2+2=?"}\n')
+    error = fail(monkeypatch, capsys, "train", DATASET, *given, f"task.path={rows}")
+    assert f"{rows}:2: no column 'answer'; found: question" in error
+    rows.write_text('{"question": "1+1=?", "answer": "2"}\n{"question": "2+2=?", "answer": null}\n')
+    assert f"{rows}:2: 'answer' is empty" in fail(monkeypatch, capsys, "train", DATASET, *given, f"task.path={rows}")
+    error = fail(monkeypatch, capsys, "train", DATASET, *given, f"task.path={tmp_path / 'none.jsonl'}")
+    assert "task: no such file: " in error
+    assert not (tmp_path / "run" / "config.yaml").exists(), "a run that never began does not occupy its folder"
+
+
+def test_a_prompt_longer_than_the_context_names_its_problem(tmp_path: Path, monkeypatch, capsys) -> None:
+    given = own(tmp_path, context=32)
+    rows = tmp_path / "rows.jsonl"
+    long = [json.dumps({"question": "1+" * 30 + f"{i}=?", "answer": 30 + i}) for i in range(5)]
+    rows.write_text("\n".join(long) + "\n")
+    error = fail(monkeypatch, capsys, "train", DATASET, *given, *QUICK, f"task.path={rows}")
+    assert re.search(r"problem rows\.jsonl:\d: a prompt of \d+ tokens .* exceed the context of 32: drop", error)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise KeyError('units')", "reward raised KeyError: 'units'"),
+        ("while True: pass", "reward timed out after 0.2 s"),
+        ("return float('nan')", "reward is nan"),
+    ],
+)
+def test_a_reward_that_fails_on_every_leaf_fails_the_step_with_its_reason(
+    body: str, reason: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "faulty.py").write_text(f"def reward(prompt, response, answer):\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    bounds = ["task.reward=faulty:reward", "scoring.timeout_s=0.2", "sampler.width=2", "trainer.prompts_per_step=1"]
+    error = fail(monkeypatch, capsys, "train", DATASET, *own(tmp_path), *QUICK, *bounds)
+    assert "step 1: 2 of 2 leaves have no reward, above trainer.max_error_rate (0.2)" in error and reason in error
+
+
+def test_a_reward_that_fails_now_and_then_costs_its_leaves_only(tmp_path: Path, monkeypatch) -> None:
+    body = "if len(response) % 2: raise KeyError('odd')\n    return float(len(response) > 6)"
+    (tmp_path / "moody.py").write_text(f"def reward(prompt, response, answer):\n    {body}\n")
+    monkeypatch.chdir(tmp_path)
+    settings = ["task.reward=moody:reward", "trainer.max_error_rate=1", "trainer.save_trees_every=1"]
+    result = run(
+        "train", DATASET, *own(tmp_path), *QUICK, *settings, "trainer.dynamic_sampling=null", "sampler.width=16"
+    )
+    assert result.exit_code == 0, result.output
+    rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
+    unknown = [why for rollout in rollouts for why in rollout.reasons.values()]
+    assert unknown and set(unknown) == {"reward raised KeyError: 'odd'"}
+    assert any(reward is not None for rollout in rollouts for reward in rollout.rewards)
+
+
+def test_a_used_folder_and_changed_settings_are_one_line(finished_run: Path, monkeypatch, capsys) -> None:
+    assert "holds a run already: continue it with --resume" in fail(monkeypatch, capsys, "train", finished_run)
+    error = fail(monkeypatch, capsys, "train", finished_run, "--resume", "sampler.width=5")
+    assert "sampler.width: the run in" in error and "has 8, not 5" in error

@@ -1,0 +1,101 @@
+"""Configurations: strict, explained in one line, and round-tripping."""
+
+from pathlib import Path
+
+import pytest
+from small_runs import write_config
+
+from treepo.config import Config, dump, load
+from treepo.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampler.widht=8", r"sampler\.widht: unknown key; did you mean 'width'\?"),
+        ("smapler.width=8", r"smapler: unknown key; did you mean 'sampler'\?"),
+        ("sampler.branching.divergenc=2", r"sampler\.branching\.divergenc: unknown key; did you mean 'divergence'\?"),
+        ("sampler.sampling.topp=1", r"sampler\.sampling\.topp: unknown key; did you mean 'top_p'\?"),
+        ("task.operatons=4", r"task\.operatons: unknown key; did you mean 'operations'\?"),
+        ("advantage={kind: treepo, size_weigthed: true}", r"advantage\.size_weigthed: unknown key.*'size_weighted'"),
+        ("model.create.hiden=8", r"model\.create\.hiden: unknown key; did you mean 'hidden'\?"),
+        ("trainer.dynamic_sampling.round=1", r"trainer\.dynamic_sampling\.round: unknown key.*'rounds'"),
+        ("trainer.xyzzy=1", r"trainer\.xyzzy: unknown key$"),
+        ("sampler.width=wide", r"sampler\.width: Input should be a valid integer.*, not 'wide'"),
+        ("sampler.width=0", r"sampler\.width: Input should be greater than or equal to 1, not 0"),
+        ("sampler.segment_tokens=-1", r"sampler\.segment_tokens: .*, not -1"),
+        ("sampler.mode=forest", r"sampler\.mode: Input should be 'tree' or 'iid', not 'forest'"),
+        ("sampler.sampling.top_p=0", r"sampler\.sampling\.top_p: Input should be greater than 0, not 0"),
+        ("sampler.branching.first_divergence=[4, 2]", r"sampler\.branching\.first_divergence: .*low <= high"),
+        ("sampler.branching.first_divergence=0", r"first_divergence: give a number of at least 1"),
+        ("trainer.lr=.nan", r"trainer\.lr: Input should be a finite number"),
+        ("task.kind=puzzle", r"task.*'program', 'dataset'"),
+        ("task=null", r"task: "),
+        ("sampler.sampling.temperature=0", r"sampler\.sampling\.temperature must be above 0"),
+        ("trainer.mini_batches=99", r"trainer\.mini_batches must not exceed trainer\.prompts_per_step"),
+        ("trainer.overlong_tokens=999", r"trainer\.overlong_tokens must not exceed the response budget"),
+        ("model.path=somewhere", r"give either model\.path"),
+        ("model.create.heads=3", r"hidden must be a multiple of heads"),
+        ("loss.dual_clip=0.5", r"loss\.dual_clip: Input should be greater than 1"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_says_where_and_what(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(write_config(tmp_path), [override])
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampler.width", "is not of the form key=value"),
+        ("=8", "is not of the form key=value"),
+        ("sampler.width.deep=8", "width has no keys below it"),
+        ("sampler.width=[8", "is not valid YAML"),
+    ],
+)
+def test_a_malformed_override_is_explained(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(write_config(tmp_path), [override])
+
+
+def test_a_file_that_is_missing_or_no_mapping_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
+        load(tmp_path / "absent.yaml")
+    path = tmp_path / "bad.yaml"
+    for text, message in (("a: [1", "not valid YAML"), ("- 1", "expected keys and values"), ("", "expected keys")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load(path)
+
+
+def test_overrides_are_yaml_and_reach_every_depth(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    config = load(
+        path, ["trainer.lr=1e-6", "sampler.branching.first_divergence=[2, 4]", "trainer.dynamic_sampling=null"]
+    )
+    assert config.trainer.lr == 1e-6 and config.trainer.dynamic_sampling is None
+    assert config.sampler.branching.first_divergence == (2, 4)
+    assert config.sampler.branching.divergence == 2, "its neighbours keep their values"
+
+
+def test_a_setting_cannot_be_changed_afterwards(tmp_path: Path) -> None:
+    config = load(write_config(tmp_path))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]
+    assert isinstance(config, Config)
+
+
+def test_a_warm_up_is_for_created_models_only(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="warmup is for a model that is created"):
+        load(write_config(tmp_path), ["model.create=null", "model.path=somewhere"])

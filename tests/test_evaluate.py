@@ -1,0 +1,70 @@
+"""pass@k and maj@k against enumeration and closed forms; intervals; common random numbers."""
+
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_runs import small_config
+
+from treepo.evaluate import Estimate, evaluate, maj_at_k, pass_at_k
+from treepo.trainer import build_actor
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
+def test_pass_at_k_equals_the_enumeration_of_all_draws(right: list[bool], data: st.DataObject) -> None:
+    k = data.draw(st.integers(1, len(right)))
+    draws = list(combinations(right, k))
+    expected = sum(any(draw) for draw in draws) / comb(len(right), k)
+    assert pass_at_k(np.array([right]), k)[0] == pytest.approx(expected)
+
+
+def test_pass_at_k_wants_at_least_k_responses() -> None:
+    with pytest.raises(ValueError, match="pass@5 needs at least 5 responses, not 4"):
+        pass_at_k(np.ones((1, 4), bool), 5)
+
+
+def majority(answers: list[str | None], right: str, k: int = 16) -> float:
+    marks = np.array([[answer == right for answer in answers]])
+    return float(maj_at_k([answers], marks, k, seed=0)[0])
+
+
+def test_maj_at_k_of_unanimous_responses_is_certain() -> None:
+    assert majority(["7"] * 16, "7") == 1.0
+    assert majority(["8"] * 16, "7") == 0.0
+
+
+def test_responses_without_an_answer_do_not_vote() -> None:
+    assert majority([None] * 15 + ["7"], "7", k=64) > 0.97
+    assert majority([None] * 16, "7") == 0.0
+
+
+def test_a_tie_counts_by_the_share_of_the_tied_answers_that_is_right() -> None:
+    # Two responses drawn from a half and half pair: 1/4 both right, 1/2 tied, 1/4 both wrong.
+    assert majority(["7", "8"], "7", k=2) == pytest.approx(0.5, abs=0.04)
+
+
+def test_maj_at_k_equals_the_exact_probability_of_a_majority() -> None:
+    answers: list[str | None] = ["7", "7", "8"]
+    exact = (2 / 3) ** 3 + 3 * (2 / 3) ** 2 * (1 / 3)
+    assert majority(answers, "7", k=3) == pytest.approx(exact, abs=0.04)
+
+
+def test_an_estimate_prints_its_interval() -> None:
+    assert str(Estimate(0.5, 0.25, 0.75)) == "0.500 [0.250, 0.750]"
+
+
+def test_an_evaluation_is_a_function_of_model_and_seed(tmp_path) -> None:
+    config = small_config(tmp_path, "warmup.steps=60", "evaluate.problems=4", "evaluate.samples=8")
+    actor = build_actor(config)
+    first = evaluate(actor, config.sampler, config.evaluate, seed=1)
+    assert evaluate(actor, config.sampler, config.evaluate, seed=1) == first
+    other = evaluate(actor, config.sampler, config.evaluate, seed=2)
+    assert other.greedy.mean == first.greedy.mean, "greedy responses do not depend on the seed"
+    assert first.problems == 4 and first.samples == 8 and first.unscored == 0
+    for estimate in (first.greedy, first.pass_at_1, first.pass_at_k, first.maj_at_k):
+        assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
+    assert first.pass_at_1.mean <= first.pass_at_k.mean
+    assert set(first.to_json()) >= {"greedy", "pass_at_1", "pass_at_k", "maj_at_k", "problems", "samples"}
