@@ -293,7 +293,7 @@ class Trainer:
         if not math.isfinite(norm):
             raise TreePOError(
                 f"step {step}: the gradient is not finite (norm {norm}) and was not applied: start another run with a "
-                f"lower trainer.lr, from the last checkpoint (--model {self.folder.latest_checkpoint()}) or an older one"
+                f"lower trainer.lr, from a checkpoint (--model {self.folder.latest_checkpoint()})"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
