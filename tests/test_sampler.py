@@ -268,6 +268,37 @@ def test_a_dry_tree_falls_back_with_at_most_divergence_children_each_until_the_w
     assert len(tree.leaves()) == 7
 
 
+class AnyToken(SegmentBoundary):
+    """A fallback of another kind: cut a finished path anywhere, also inside a segment."""
+
+    def __call__(self, tree: Tree, finished: Sequence[int], wanted: int, rng: Random) -> list[tuple[int, int]]:
+        leaves = [leaf for leaf in finished if tree.response_length(leaf)]
+        return [(leaf, rng.randrange(tree.response_length(leaf))) for leaf in rng.sample(leaves, 1)]
+
+
+def test_a_fallback_may_cut_inside_a_segment() -> None:
+    def echo(prefix: Sequence[int], max_tokens: int, seed: int) -> list[int]:
+        return [2 + (sum(prefix) * 31 + len(prefix)) % 8, 2 + seed % 8, 2 + seed % 7, EOS]
+
+    grow = sampler(ScriptedEngine(echo), width=24, segment_tokens=6)
+    grow = Sampler(grow.engine, grow.settings.model_copy(update={"fallback": AnyToken()}), decode, (EOS,))
+    halves = 0
+    for tree in grow.sample([(str(i), [3]) for i in range(20)], 0):
+        assert len(tree.leaves()) == 24 and Tree.from_json(tree.to_json()) == tree
+        places = {(node.seed, node.start) for node in tree.nodes}
+        assert len(places) == len(tree), "only the halves of a split node share a seed"
+        segments = {}
+        for index, node in enumerate(tree.nodes[1:], 1):
+            if node.seed != tree.nodes[node.parent].seed:  # the first part of a segment
+                prefix = tree.tokens(node.parent)
+                assert node.tokens[0] == 2 + (sum(prefix) * 31 + len(prefix)) % 8
+                assert node.seed not in segments, "a seed names one segment"
+                segments[node.seed] = index
+            else:
+                halves += 1
+    assert halves > 50
+
+
 # Failures -------------------------------------------------------------------------------------------------------------
 
 

@@ -282,6 +282,23 @@ def test_what_a_killed_run_leaves_half_done_is_forgotten(tmp_path, start, undist
     assert everything(run) == expected
 
 
+def test_trees_and_metrics_after_the_checkpoint_are_forgotten_and_those_before_it_kept(tmp_path, random_rollout):
+    folder = RunFolder(small_config(tmp_path), resume=False)
+    for step in (1, 2, 3):
+        folder.write_trees(step, [random_rollout(step)])
+        folder.record({"step": step})
+    folder.metrics.write_text(folder.metrics.read_text() + '{"step": 4, "rew')  # cut off in the middle of a line
+
+    def kept() -> tuple[list[str], list[int]]:
+        trees = sorted(file.name for file in (folder.path / "trees").iterdir())
+        return trees, [m["step"] for m in read_metrics(folder.metrics)]
+
+    folder.forget_after(2)
+    assert kept() == (["step-000001.jsonl.gz", "step-000002.jsonl.gz"], [1, 2])
+    folder.forget_after(None)
+    assert kept() == ([], [])
+
+
 def test_a_finished_run_resumes_with_more_steps(tmp_path, start):
     trained(tmp_path, *start, "trainer.steps=1")
     trained(tmp_path, *start, "trainer.steps=3", resume=True)

@@ -73,10 +73,7 @@ def train(
     Ctrl-C ends the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once. Either way,
     [bold]--resume[/] goes on.
     """
-    settings = _load(config, overrides, model)
-    if dry_run:
-        _print_resolved(settings)
-        return
+    settings = _load(config, overrides, model, dry_run=dry_run)
     _quiet()
     from treepo.report.console import Progressing, held_out_table, print_saved
     from treepo.report.curve import draw_curve
@@ -123,10 +120,7 @@ def sample(
     """
     if split not in ("train", "test"):
         raise ConfigError(f"--split: train or test, not {split!r}")
-    settings = _load(config, overrides, model, newest=True)
-    if dry_run:
-        _print_resolved(settings)
-        return
+    settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
     from treepo.report.console import drawing, print_saved, rollout_table
     from treepo.tree import write_rollouts
@@ -163,10 +157,7 @@ def evaluate_(
 
     [bold]treepo eval runs/program evaluate.problems=256[/]
     """
-    settings = _load(config, overrides, model, newest=True)
-    if dry_run:
-        _print_resolved(settings)
-        return
+    settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
     from treepo.evaluate import evaluate
     from treepo.report.console import held_out_table
@@ -219,9 +210,14 @@ def _plain(text: str) -> str:
     return escape(" ".join(text.split()))
 
 
-def _load(config: Path, overrides: list[str] | None, model: str | None, *, newest: bool = False) -> Config:
-    """The configuration of a file or of a run's folder; `newest`: with the folder's newest checkpoint as the model."""
-    from treepo.config import load
+def _load(
+    config: Path, overrides: list[str] | None, model: str | None, *, newest: bool = False, dry_run: bool = False
+) -> Config:
+    """The configuration of a file or of a run's folder; `newest`: with the folder's newest checkpoint as the model.
+
+    A dry run prints it and ends here.
+    """
+    from treepo.config import dump, load
 
     changes = list(overrides or [])
     if config.is_dir():
@@ -234,7 +230,11 @@ def _load(config: Path, overrides: list[str] | None, model: str | None, *, newes
         config = config / "config.yaml"
     if model is not None:
         changes += [f"model.path={json.dumps(model)}", "model.create=null", "warmup=null"]
-    return load(config, changes)
+    settings = load(config, changes)
+    if dry_run:
+        print(dump(settings), end="")
+        raise typer.Exit
+    return settings
 
 
 def _actor(settings: Config) -> Any:
@@ -265,12 +265,6 @@ def _bar(name: str, total: int) -> Any:
             yield lambda *_: bar.advance(task)  # whichever tree it was
 
     return running()
-
-
-def _print_resolved(settings: Config) -> None:
-    from treepo.config import dump
-
-    print(dump(settings), end="")
 
 
 def _quiet() -> None:
