@@ -123,8 +123,8 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """Install the attention seam in `model`, after a check that plans mean the same to it as plain attention does.
 
     Raises `ConfigError` for models that treepo would compute wrongly: sliding windows, linear attention, attention
-    dropout, rope scaling that depends on the length, scaled or capped logits, or an attention that bypasses the
-    interface of transformers.
+    dropout, rope scaling that depends on the length, scaled or capped logits, keys and values of different sizes, or
+    an attention that bypasses the interface of transformers.
     """
     config = model.config
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -142,15 +142,31 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
         plain = model(input_ids=ids, use_cache=False).logits.float()
-        install(model)
+        probe = _Probe()
         try:
-            planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], Causal())).float()
+            install(model)
+            planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], probe)).float()
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model: {config.model_type} cannot run under treepo's attention: {error}") from error
+    if probe.layers != set(range(config.num_hidden_layers)):
+        raise ConfigError(f"model: {config.model_type} has attention of its own, which a treepo plan does not reach")
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.1
     if (off := (planned - plain).abs().max().item()) > tolerance * max(1.0, plain.abs().max().item()):
         raise ConfigError(f"model: {config.model_type} computes other logits under treepo's attention (by {off:.2g})")
     return model
+
+
+class _Probe(Causal):
+    """Which layers ask the plan; refuses keys and values of different sizes, which engines do not cache."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        if k.shape != v.shape:
+            raise ValueError(f"keys of size {k.shape[-1]} with values of size {v.shape[-1]} are not supported")
+        self.layers.add(layer)
+        return super().attend(layer, q, k, v, scale)
 
 
 def hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
