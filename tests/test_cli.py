@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from small_runs import save_model, save_questions, small_config, write_config
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import treepo
@@ -61,6 +63,8 @@ def own(tmp_path: Path, family: str = "llama", **model: object) -> list[str]:
 def test_help_fits_a_hundred_columns_and_teaches(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 100
+    options = [name for option in get_command(app).commands[command].params for name in option.opts if name[:1] == "-"]
+    assert [name for name in options if name not in result.output] == []
     if command != "doctor":
         assert "--dry-run" in result.output and "--model" in result.output
         assert re.search(r"treepo \w+ \S+", result.output.split("Arguments")[0].split("Usage")[1]), "an example"
@@ -107,6 +111,23 @@ def test_a_run_folder_stands_for_its_configuration_and_newest_model(finished_run
     assert result.exit_code == 0 and "1 tree" in result.output
     result = run("eval", finished_run)
     assert result.exit_code == 0 and "sampled pass@1" in result.output and "step-000001" in result.output
+
+
+def test_a_run_folder_can_be_moved(finished_run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(finished_run, moved)
+    result = run("train", moved, "--resume", "trainer.steps=2")
+    assert result.exit_code == 0, result.output
+    assert (moved / "checkpoints" / "step-000002").is_dir()
+    assert not (finished_run / "checkpoints" / "step-000002").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_run_without_a_checkpoint_has_no_model_to_use(command: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path).rename(tmp_path / "run" / "config.yaml")  # as a run killed in its warm-up
+    error = fail(monkeypatch, capsys, command, tmp_path / "run")
+    assert f"run: has no checkpoint yet: go on with treepo train {tmp_path / 'run'} --resume" in error
 
 
 def test_a_finished_run_can_be_resumed_from_its_folder(finished_run: Path) -> None:
@@ -159,8 +180,9 @@ def test_a_segment_longer_than_the_context_is_one_line(tmp_path: Path, monkeypat
 def test_bad_models_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     given = own(tmp_path, eos=False)
     assert "the tokenizer has no EOS token: set `eos_token`" in fail(monkeypatch, capsys, "train", DATASET, *given)
-    given[0] = f"model.path={tmp_path / 'absent'}"
-    assert "is not a folder with a config.json" in fail(monkeypatch, capsys, "train", DATASET, *given)
+    for absent in (tmp_path / "absent", "absent", "runs/absent/model"):
+        given[0] = f"model.path={absent}"
+        assert f"model.path: there is no folder {absent}" in fail(monkeypatch, capsys, "train", DATASET, *given)
     (tmp_path / "empty").mkdir()
     given[0] = f"model.path={tmp_path / 'empty'}"
     assert "is not a folder with a config.json" in fail(monkeypatch, capsys, "train", DATASET, *given)

@@ -37,8 +37,12 @@ def test_every_shipped_configuration_loads_and_round_trips(path: Path, tmp_path:
         ("sampler.mode=forest", r"sampler\.mode: Input should be 'tree' or 'iid', not 'forest'"),
         ("sampler.sampling.top_p=0", r"sampler\.sampling\.top_p: Input should be greater than 0, not 0"),
         ("sampler.branching.first_divergence=[4, 2]", r"sampler\.branching\.first_divergence: .*low <= high"),
+        ("sampler.branching.first_divergence=[2, x]", r"sampler\.branching\.first_divergence: Input should be a valid"),
         ("sampler.branching.first_divergence=0", r"first_divergence: give a number of at least 1"),
         ("trainer.lr=.nan", r"trainer\.lr: Input should be a finite number"),
+        ("task={kind: dataset, path: x, answr_column: y}", r"task\.answr_column: unknown key.*'answer_column'"),
+        ("task={kind: dataset}", r"task\.path: is required"),
+        ("task.operand_min=9", r": task: operand_min 9 is above operand_max 5"),
         ("task.kind=puzzle", r"task.*'program', 'dataset'"),
         ("task=null", r"task: "),
         ("sampler.sampling.temperature=0", r"sampler\.sampling\.temperature must be above 0"),
@@ -73,6 +77,9 @@ def test_a_file_that_is_missing_or_no_mapping_is_explained(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read: No such file"):
         load(tmp_path / "absent.yaml")
     path = tmp_path / "bad.yaml"
+    path.write_bytes(b"out: \xff\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not UTF-8: invalid start byte at byte 5$"):
+        load(path)
     for text, message in (("a: [1", "not valid YAML"), ("- 1", "expected keys and values"), ("", "expected keys")):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):

@@ -226,6 +226,10 @@ def _load(
             from treepo.checkpoint import latest
 
             found = latest(config / "checkpoints")
+            if found is None and (config / "config.yaml").is_file():
+                raise ConfigError(
+                    f"{config}: has no checkpoint yet: go on with treepo train {config} --resume, or name a --model"
+                )
             model = str(found) if found else None
         config = config / "config.yaml"
     if model is not None:

@@ -105,6 +105,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -130,11 +132,12 @@ def dump(config: Config) -> str:
 def explain(error: ValidationError, values: Any) -> str:
     """The first problem of a validation error, in the user's words."""
     first = error.errors()[0]
-    # Discriminated unions add the tag ("program") to the location; the user did not write it.
+    # Unions add a tag ("program") or a type ("int") to the location; the user did not write it.
+    no_value = first["type"] in ("extra_forbidden", "missing")
     keys: list[str] = []
     at: Any = values
     for part in first["loc"]:
-        if isinstance(part, int) or (isinstance(at, dict) and part in at) or part == first["loc"][-1]:
+        if isinstance(part, int) or (isinstance(at, dict) and part in at) or (no_value and part == first["loc"][-1]):
             keys.append(str(part))
             at = at.get(part) if isinstance(at, dict) else None
     where = ".".join(keys)

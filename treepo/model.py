@@ -247,13 +247,14 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
-    if path.startswith((".", "/", "~")) or Path(path).exists():
-        folder = Path(path).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path: {path} is not a folder with a config.json")
-        path = str(folder)
+    folder = Path(path).expanduser()
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ConfigError(f"model.path: {path} is not a folder with a config.json")
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise ConfigError(f"model.path: there is no folder {path} (a model of the Hub is named owner/name)")
     try:
-        return loader.from_pretrained(path, **options)
+        return loader.from_pretrained(str(folder) if folder.exists() else path, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path: cannot load {path}: {reason}") from error
+        where = "" if folder.exists() else " (no such folder, so it was looked for on the Hub)"
+        raise ConfigError(f"model.path: cannot load {path}{where}: {reason}") from error

@@ -83,7 +83,7 @@ class Progressing(Observer):
         found = "  ".join(
             f"{label.format(k=evaluation.samples)} {getattr(evaluation, name).mean:.3f}" for label, name in ROWS
         )
-        self.console.print(f"[bold]held out after step {step}[/]  {found}")
+        self.console.print(f"[bold]held out after step {step}[/]  {found}", soft_wrap=True)
 
     def _show_part(self, name: str, done: int, total: int, note: str) -> None:
         self._bar.update(
@@ -100,7 +100,7 @@ class Progressing(Observer):
 def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
     """Accuracies with 95 % intervals, one column per (title, evaluation)."""
     first = columns[0][1]
-    table = Table(title=f"held out: {first.problems} problems, {first.samples} samples each (95 % intervals)")
+    table = Table(title=f"held out: problems {first.problems}, samples of each {first.samples} (95 % intervals)")
     table.add_column("")
     for title, _ in columns:
         table.add_column(title, justify="right")
