@@ -204,10 +204,10 @@ def test_bad_data_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_a_prompt_longer_than_the_context_names_its_problem(tmp_path: Path, monkeypatch, capsys) -> None:
     given = own(tmp_path, context=32)
     rows = tmp_path / "rows.jsonl"
-    long = [json.dumps({"question": "1+" * 30 + f"{i}=?", "answer": 30 + i}) for i in range(5)]
+    long = [json.dumps({"question": "1+" * (30 * (i == 17)) + f"{i}=?", "answer": i}) for i in range(40)]
     rows.write_text("\n".join(long) + "\n")
     error = fail(monkeypatch, capsys, "train", DATASET, *given, *QUICK, f"task.path={rows}")
-    assert re.search(r"problem rows\.jsonl:\d: a prompt of \d+ tokens .* exceed the context of 32: drop", error)
+    assert re.search(r"problem rows\.jsonl:18: a prompt of \d+ tokens .* exceed the context of 32: drop", error)
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ ORDER = [
     "actor",
     "evaluate",
     "config",
+    "assembly",
     "checkpoint",
     "folder",
     "trainer",

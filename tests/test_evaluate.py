@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_runs import small_config
 
+from treepo.assembly import build_actor
 from treepo.evaluate import Estimate, evaluate, maj_at_k, pass_at_k
-from treepo.trainer import build_actor
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())

@@ -17,6 +17,16 @@ from treepo.tasks.scoring import Score, Scorer
 from treepo.tree import Rollout, Stop, Tree
 
 
+def require_room(engine: Engine, sampler: SamplerSettings) -> None:
+    """Raise `ConfigError` if no response of `sampler` can fit the engine's context."""
+    if sampler.response_tokens >= engine.context:
+        raise ConfigError(
+            f"sampler: {sampler.max_depth} segments of {sampler.segment_tokens} tokens make responses of "
+            f"{sampler.response_tokens} tokens, but the context holds {engine.context} with the prompt: "
+            "lower sampler.segment_tokens or sampler.max_depth"
+        )
+
+
 @dataclass(frozen=True)
 class Actor:
     """A policy at work on a task: encodes problems, grows their trees, scores the leaves."""
@@ -27,15 +37,6 @@ class Actor:
     engine: Engine
     scorer: Scorer
     seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})  # spent so far
-
-    def check(self, sampler: SamplerSettings) -> None:
-        """Raise `ConfigError` if no response of `sampler` can fit the engine's context."""
-        if sampler.response_tokens >= self.engine.context:
-            raise ConfigError(
-                f"sampler: {sampler.max_depth} segments of {sampler.segment_tokens} tokens make responses of "
-                f"{sampler.response_tokens} tokens, but the context holds {self.engine.context} with the prompt: "
-                "lower sampler.segment_tokens or sampler.max_depth"
-            )
 
     def encode(self, problem: Problem, sampler: SamplerSettings) -> list[int]:
         """Prompt token ids; raises `TaskError` for a prompt that leaves no room for a response."""

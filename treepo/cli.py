@@ -244,7 +244,7 @@ def _load(
 def _actor(settings: Config) -> Any:
     from contextlib import contextmanager
 
-    from treepo.trainer import build_actor
+    from treepo.assembly import build_actor
 
     @contextmanager
     def opened() -> Any:

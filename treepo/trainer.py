@@ -26,11 +26,10 @@ from accelerate import Accelerator
 
 from treepo import checkpoint
 from treepo import model as causal_lm
-from treepo.actor import Actor
 from treepo.advantages import advantages
+from treepo.assembly import build_actor
 from treepo.checkpoint import State
 from treepo.config import Config
-from treepo.engines.local import LocalEngine
 from treepo.errors import ConfigError, EngineError, TreePOError
 from treepo.evaluate import Evaluation, evaluate
 from treepo.folder import Metrics, RunFolder
@@ -38,10 +37,8 @@ from treepo.forest import Forest
 from treepo.loss import policy_loss
 from treepo.packing import PackedBatch, bins, fold, pack
 from treepo.seeds import derive, generator
-from treepo.tasks import Problem, Teacher
-from treepo.tasks.scoring import Scorer
+from treepo.tasks import Problem
 from treepo.tree import Rollout, Stop, Tree
-from treepo.warmup import warm_up
 
 
 class Observer:
@@ -68,44 +65,6 @@ class Row:
     old_logprob: torch.Tensor | None  # [T]; None: exactly on-policy
 
 
-def build_actor(config: Config, path: str | None = None, observer: Observer | None = None) -> Actor:
-    """The actor that `config` describes, its model loaded from `path` if given; a created model is warmed up."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    task, source = config.task, path or config.model.path
-    device = causal_lm.device(config.model)
-    if config.model.path is not None:
-        tokenizer = causal_lm.load_tokenizer(config.model.path)
-    elif isinstance(task, Teacher):
-        tokenizer = task.tokenizer()
-    else:
-        raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
-    if source is not None:
-        model = causal_lm.load(source, config.model.dtype, device)
-    elif config.model.create is not None:
-        seed = derive(config.seed, "weights")
-        model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
-    causal_lm.stop_ids(model, tokenizer)  # fail before the warm-up, not after it
-    if source is None and config.warmup is not None and isinstance(task, Teacher):
-        steps, watch = config.warmup.steps, observer or Observer()
-        warm_up(
-            model,
-            tokenizer,
-            task,
-            config.warmup,
-            derive(config.seed, "warmup"),
-            lambda step, loss: watch.warming_up(step, steps, loss),
-        )
-    engine = LocalEngine(model, config.engine)
-    actor = Actor(task, tokenizer, model, engine, Scorer(task, config.scoring))
-    try:
-        actor.check(config.sampler)
-    except ConfigError:
-        actor.scorer.close()
-        raise
-    return actor
-
-
 class Trainer:
     """A run in its folder (`RunFolder`); `resume` goes on after the newest checkpoint."""
 
@@ -123,13 +82,15 @@ class Trainer:
                 "sample and eval take any"
             )
         self.problems = config.task.problems("train")
-        if config.trainer.eval_every:
-            config.task.problems("test")
+        tested = config.task.problems("test")[: config.evaluate.problems] if config.trainer.eval_every else ()
         self.accelerator = self._accelerator()
         found = self.folder.latest_checkpoint()
-        self.actor = build_actor(config, str(found) if found else None, self.observer)
+        self.actor = build_actor(config, found, self.observer.warming_up)
         self._exit.callback(self.actor.scorer.close)
         try:
+            if isinstance(self.problems, tuple):  # read from a file, where any may be too long; not generated on demand
+                for problem in (*self.problems, *tested):
+                    self.actor.encode(problem, config.sampler)
             model, settings = self.actor.model, config.trainer
             optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
             self.optimizer = self.accelerator.prepare(optimizer)

@@ -1,0 +1,50 @@
+"""From settings to things: the actor that a configuration describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from treepo import model as causal_lm
+from treepo.actor import Actor, require_room
+from treepo.config import Config
+from treepo.engines.local import LocalEngine
+from treepo.errors import ConfigError
+from treepo.seeds import derive
+from treepo.tasks import Teacher
+from treepo.tasks.scoring import Scorer
+from treepo.warmup import warm_up
+
+
+def build_actor(
+    config: Config, weights: Path | None = None, on_warmup: Callable[[int, int, float], None] | None = None
+) -> Actor:
+    """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
+
+    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. The caller closes `actor.scorer`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task, source = config.task, str(weights) if weights else config.model.path
+    device = causal_lm.device(config.model)
+    if config.model.path is not None:
+        tokenizer = causal_lm.load_tokenizer(config.model.path)
+    elif isinstance(task, Teacher):
+        tokenizer = task.tokenizer()
+    else:
+        raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
+    if source is not None:
+        model = causal_lm.load(source, config.model.dtype, device)
+    elif config.model.create is not None:
+        seed = derive(config.seed, "weights")
+        model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
+    engine = LocalEngine(model, config.engine)
+    causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
+    require_room(engine, config.sampler)
+    if source is None and config.warmup is not None and isinstance(task, Teacher):
+        steps = config.warmup.steps
+        progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
+        warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
+    return Actor(task, tokenizer, model, engine, Scorer(task, config.scoring))
