@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from random import Random
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from treepo.tree import Rollout, Stop, Tree
+
+# A loaded machine must fail no test; in CI the same commit draws the same examples.
+settings.register_profile(
+    "treepo",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("treepo")
 
 
 def grow_random(seed: int, *, leaves: int = 8, segment: int = 6, vocabulary: int = 20, splits: int = 2) -> Tree:
