@@ -114,6 +114,52 @@ def test_a_step_follows_the_flat_textbook_gradient(tmp_path, start):
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-6)
 
 
+def test_several_updates_per_step_follow_the_flat_textbook_ones(tmp_path, start):
+    # GRPO with PPO's clip, from the trees on disk, by plain AdamW on a plain model. Two queries make two mini-batches;
+    # which of them is first is drawn, so one of both orders must fit.
+    overrides = ("trainer.prompts_per_step=2", "trainer.mini_batches=2", "trainer.lr=1e-2", "advantage.kind=grpo")
+    clips = ("loss.clip_low=0.1", "loss.clip_high=0.15", "loss.dual_clip=1.2")
+    keep = ("trainer.steps=1", "trainer.dynamic_sampling=null", "trainer.save_trees_every=1", "trainer.grad_clip=1e9")
+    trainer = trained(tmp_path, *start, *overrides, *clips, *keep, "seed=5")
+    rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
+    assert all(len(set(rollout.rewards)) == 2 for rollout in rollouts), "both must matter"
+    found = trainer.optimizer.optimizer.state_dict()["state"]
+    moments = torch.cat([found[i]["exp_avg"].flatten() for i in range(len(found))])
+    off = []
+    for order in (rollouts, rollouts[::-1]):
+        model = AutoModelForCausalLM.from_pretrained(trainer.folder.checkpoints / "step-000000").eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        with torch.no_grad():
+            old = [[flat_logprobs(model, rollout.tree, leaf) for leaf in rollout.tree.leaves()] for rollout in order]
+        clipped = torch.zeros(3)
+        for rollout, before in zip(order, old, strict=True):
+            rewards = np.array(rollout.rewards)
+            advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+            costs = []
+            for leaf, sampled, advantage in zip(rollout.tree.leaves(), before, advantages.tolist(), strict=True):
+                ratio = (flat_logprobs(model, rollout.tree, leaf) - sampled).exp()
+                gain = torch.minimum(advantage * ratio, advantage * ratio.clamp(1 - 0.1, 1 + 0.15))
+                if advantage < 0:
+                    gain = torch.maximum(gain, torch.tensor(1.2 * advantage))
+                    clipped += torch.tensor([(ratio < 0.9).sum(), 0, (ratio > 1.2).sum()])
+                else:
+                    clipped += torch.tensor([0, (ratio > 1.15).sum(), 0])
+                costs.append(-gain)
+            optimizer.zero_grad()
+            torch.cat(costs).mean().backward()
+            optimizer.step()
+        assert clipped.min() > 0, "every clip must matter"
+        expected = torch.cat([optimizer.state[parameter]["exp_avg"].flatten() for parameter in model.parameters()])
+        off.append(((moments - expected).norm() / expected.norm()).item())
+    assert min(off) < 1e-2 < max(off), off
+
+
+def flat_logprobs(model: torch.nn.Module, tree: Tree, leaf: int) -> torch.Tensor:
+    ids, prompt = torch.tensor(tree.tokens(leaf)), len(tree.prompt)
+    scores = model(input_ids=ids[None]).logits[0, prompt - 1 : -1]
+    return scores.log_softmax(-1).gather(1, ids[prompt:, None])[:, 0]
+
+
 def test_the_learning_rate_rises_linearly(tmp_path, start):
     trained(tmp_path, *start, "trainer.steps=4", "trainer.lr=3e-4", "trainer.lr_warmup_steps=3")
     assert [m["lr"] for m in steps_of(tmp_path / "run")] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])
