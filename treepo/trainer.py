@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -189,11 +189,8 @@ class Trainer:
     def _problems_from(self, position: int, count: int) -> Iterator[tuple[int, Problem]]:
         """`count` problems of the endless stream of shuffled epochs, with their positions."""
         n = len(self.problems)
-        order: Sequence[int] = ()
         for p in range(position, position + count):
-            if not order or p % n == 0:
-                order = generator(self.config.seed, "epoch", p // n).sample(range(n), n)
-            yield p, self.problems[order[p % n]]
+            yield p, self.problems[_epoch(self.config.seed, p // n, n)[p % n]]
 
     def _check_errors(self, step: int, rollouts: Sequence[Rollout]) -> None:
         rewards = [reward for r in rollouts for reward in r.rewards]
@@ -354,6 +351,12 @@ class Trainer:
         if trackers:
             accelerator.init_trackers("treepo", _numbers(self.config.model_dump(mode="json")))
         return accelerator
+
+
+@lru_cache(2)
+def _epoch(seed: int, epoch: int, problems: int) -> list[int]:
+    """The order of the problems in an epoch; kept, because shuffling many takes longer than some steps."""
+    return generator(seed, "epoch", epoch).sample(range(problems), problems)
 
 
 def _has_spread(rollout: Rollout) -> bool:
