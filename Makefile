@@ -24,9 +24,10 @@ format: $(READY)  ## format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## every benchmark, results to benchmarks/results; QUICK=--quick for a minute each
+bench: $(READY)  ## every benchmark, results to benchmarks/results; QUICK=1 for a minute each, which keeps nothing
 	for name in advantages scheduler sampling packing; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name $(QUICK) --out benchmarks/results/$$name$(QUICK).json || exit 1; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name \
+	    $(if $(QUICK),--quick,--out benchmarks/results/$$name.json) || exit 1; \
 	done
 
 docs: $(READY)  ## write docs/configuration.md from the settings

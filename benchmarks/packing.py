@@ -38,6 +38,7 @@ from treepo.tree import ROOT, Rollout, Stop, Tree
 
 VOCABULARY = 512
 MICRO_BATCHES = (1, 4, 16)
+COLUMNS = ("shape", "flat_over_unique", "speedup", "efficiency", "memory_ratio", "max_logprob_error", "max_grad_error")
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     for name, trees in _shapes(np.random.default_rng(0), scale).items():
         results.append(_compare(name, trees, model, plain, (4, 16) if args.quick else MICRO_BATCHES))
         print(f"{name}: {results[-1]['speedup']:.2f}x of {results[-1]['flat_over_unique']:.2f}x", file=sys.stderr)
-    report.finish("packing", results, args)
+    report.finish("packing", results, args, columns=COLUMNS)
 
 
 def _compare(
