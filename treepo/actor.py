@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -62,16 +63,22 @@ class Actor:
         seed: int,
         *,
         progress: float = 0.0,
-        on_tree: Callable[[int, Tree], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Rollout]:
-        """A scored tree for every (unique key, problem), in their order; `on_tree` as in `Sampler.sample`.
+        """A scored tree for every (unique key, problem), in their order; `on_progress(trees done, of how many)`.
 
         A leaf that ended in an engine error has no reward; neither has one whose reward raised, hung or was no number.
         """
         start = time.perf_counter()
         prompts = [(key, self.encode(problem, sampler)) for key, problem in problems]
         grower = Sampler(self.engine, sampler, self.decode, causal_lm.stop_ids(self.model, self.tokenizer))
-        trees = grower.sample(prompts, seed, progress=progress, on_tree=on_tree)
+        done = count(1)
+        trees = grower.sample(
+            prompts,
+            seed,
+            progress=progress,
+            on_tree=lambda *_: on_progress(next(done), len(prompts)) if on_progress else None,
+        )
         sampled = time.perf_counter()
         scored = self._score([problem for _, problem in problems], trees, grower.failures)
         self.seconds["sample"] += sampled - start

@@ -80,15 +80,11 @@ def load_state(checkpoint: Path) -> State:
 
 def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer's moments, bit for bit."""
-    saved = load_file(checkpoint / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        moments = {
-            key.removesuffix(f"|{name}"): value.to(parameter.device if value.dim() else "cpu")
-            for key, value in saved.items()
-            if key.endswith(f"|{name}")
-        }
-        if moments:
-            optimizer.state[parameter] = moments
+    parameters = dict(model.named_parameters())
+    for place, value in load_file(checkpoint / "optimizer.safetensors").items():
+        key, _, name = place.partition("|")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(parameter.device if value.dim() else "cpu")
 
 
 def _flat(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

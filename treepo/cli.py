@@ -6,11 +6,14 @@ import io
 import json
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from treepo import __version__
 from treepo.errors import ConfigError, TreePOError
@@ -126,10 +129,10 @@ def sample(
     from treepo.tree import write_rollouts
 
     with _actor(settings) as actor:
-        chosen = actor.task.problems(split)[:problems]
+        chosen = actor.task.problems("train" if split == "train" else "test")[:problems]
         keyed = [(f"{split}/{problem.id}", problem) for problem in chosen]
-        with _bar("sampling", len(keyed)) as advance:
-            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_tree=advance)
+        with _bar("sampling") as report:
+            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_progress=report)
         console.print(rollout_table(rollouts))
         drawings = [drawing(rollout, actor.decode, max(20, console.width - 40)) for rollout in rollouts[:draw]]
         console.print(*drawings, sep="\n\n")
@@ -161,13 +164,9 @@ def evaluate_(
     _quiet()
     from treepo.evaluate import evaluate
     from treepo.report.console import held_out_table
-    from treepo.seeds import derive
 
-    with _actor(settings) as actor:
-        total = 2 * min(settings.evaluate.problems, len(actor.task.problems("test")))
-        with _bar("evaluating", total) as advance:
-            seed = derive(settings.seed, "evaluate")
-            found = evaluate(actor, settings.sampler, settings.evaluate, seed, advance)
+    with _actor(settings) as actor, _bar("evaluating") as report:
+        found = evaluate(actor, settings.sampler, settings.evaluate, settings.seed, report)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -178,7 +177,6 @@ def evaluate_(
 def doctor() -> None:
     """Say what is installed, which engines work here, what is missing and how to get it."""
     _quiet()
-    from rich.markup import escape
     from rich.table import Table
 
     from treepo.doctor import examine
@@ -205,8 +203,6 @@ def main() -> None:
 
 
 def _plain(text: str) -> str:
-    from rich.markup import escape
-
     return escape(" ".join(text.split()))
 
 
@@ -241,34 +237,23 @@ def _load(
     return settings
 
 
-def _actor(settings: Config) -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _actor(settings: Config) -> Iterator[Actor]:
     from treepo.assembly import build_actor
 
-    @contextmanager
-    def opened() -> Any:
-        actor: Actor = build_actor(settings)
-        try:
-            yield actor
-        finally:
-            actor.scorer.close()
-
-    return opened()
+    actor = build_actor(settings)
+    with actor.scorer:
+        yield actor
 
 
-def _bar(name: str, total: int) -> Any:
-    from contextlib import contextmanager
-
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is gone at the end, as a function of (done, of how many)."""
     from rich.progress import Progress
 
-    @contextmanager
-    def running() -> Any:
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(name, total=total)
-            yield lambda *_: bar.advance(task)  # whichever tree it was
-
-    return running()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import comb
 from typing import Any
 
@@ -15,8 +16,9 @@ from treepo.engines import Sampling
 from treepo.errors import TaskError
 from treepo.forest import Floats
 from treepo.sampler import SamplerSettings
+from treepo.seeds import derive
 from treepo.settings import Settings
-from treepo.tree import Rollout, Tree
+from treepo.tree import Rollout
 
 DRAWS = 1000  # of every bootstrap
 
@@ -65,21 +67,27 @@ def evaluate(
     sampler: SamplerSettings,
     settings: EvaluateSettings,
     seed: int,
-    on_tree: Callable[[int, Tree], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Answer the first test problems independently, once greedily and `samples` times at random.
 
-    The random numbers depend on `seed` and the problems alone, so that two policies, or one at two times, are compared
-    on common draws. `sampler` gives the response budget and the stopping rule.
+    The random numbers depend on `seed` (of the run) and the problems alone, so that two policies, or one at two times,
+    are compared on common draws. `sampler` gives the response budget and the stopping rule.
     """
+    seed = derive(seed, "evaluate")
     problems = actor.task.problems("test")[: settings.problems]
     if not problems:
         raise TaskError("task: no test problems to evaluate on")
     keyed = [(f"test/{problem.id}", problem) for problem in problems]
     iid = sampler.model_copy(update={"mode": "iid", "width": settings.samples, "sampling": settings.sampling})
     one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
-    greedy = actor.rollouts(keyed, one, seed, on_tree=on_tree)
-    sampled = actor.rollouts(keyed, iid, seed, on_tree=on_tree)
+
+    def report(before: int, done: int, trees: int) -> None:
+        if on_progress:
+            on_progress(before + done, 2 * trees)
+
+    greedy = actor.rollouts(keyed, one, seed, on_progress=partial(report, 0))
+    sampled = actor.rollouts(keyed, iid, seed, on_progress=partial(report, len(keyed)))
     right = _right(sampled, settings.correct_at)
     lengths = [r.tree.response_length(leaf) for r in sampled for leaf in r.tree.leaves()]
     return Evaluation(

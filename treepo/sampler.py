@@ -45,6 +45,20 @@ class SamplerSettings(Settings):
         """Most tokens of a response."""
         return self.segment_tokens * self.max_depth
 
+    @property
+    def level_tokens(self) -> int:
+        """Most tokens decoded on one level: independent responses have a single level that is as long as they are."""
+        return self.response_tokens if self.mode == "iid" else self.segment_tokens
+
+    @property
+    def levels(self) -> int:
+        """Most levels of a tree."""
+        return 1 if self.mode == "iid" else self.max_depth
+
+    def first(self, rng: Random) -> int:
+        """Children of the root."""
+        return self.width if self.mode == "iid" else self.branching.first(self.width, rng)
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -84,12 +98,10 @@ class Sampler:
     async def grow(self, prompt: Sequence[int], key: str, seed: int, progress: float = 0.0) -> Tree:
         """One tree of exactly `width` leaves; a leaf whose requests failed again and again ends in `Stop.ERROR`."""
         settings = self.settings
-        iid = settings.mode == "iid"
         tree = Tree(prompt, key=key, seed=derive(seed, key))
         handle = await self.engine.open(tree, settings.sampling, self.stop_ids)
         try:
-            first = settings.width if iid else settings.branching.first(settings.width, generator(seed, key, "first"))
-            plan = {ROOT: first}  # node -> children to open
+            plan = {ROOT: settings.first(generator(seed, key, "first"))}  # node -> children to open
             finished: list[int] = []
             level = 0
             while plan:
@@ -131,7 +143,7 @@ class Sampler:
 
     async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:
         room = self.settings.response_tokens - tree.response_length(node)
-        tokens = room if self.settings.mode == "iid" else min(self.settings.segment_tokens, room)
+        tokens = min(self.settings.level_tokens, room)
         failure = EngineError("never asked")
         for _ in range(self.settings.retries + 1):
             try:
@@ -146,7 +158,7 @@ class Sampler:
             lambda: self.decode(tree.response(node)),
             eos=tree.nodes[node].tokens[-1] in self.stop_ids,
             length=tree.response_length(node) >= settings.response_tokens,
-            depth=tree.nodes[node].depth >= (1 if settings.mode == "iid" else settings.max_depth),
+            depth=tree.nodes[node].depth >= settings.levels,
         )
 
     def _fall_back(self, tree: Tree, finished: Sequence[int], remaining: int, rng: Random) -> dict[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -36,9 +36,9 @@ from treepo.folder import Metrics, RunFolder
 from treepo.forest import Forest
 from treepo.loss import policy_loss
 from treepo.packing import PackedBatch, bins, fold, pack
-from treepo.seeds import derive, generator
+from treepo.seeds import generator
 from treepo.tasks import Problem
-from treepo.tree import Rollout, Stop, Tree
+from treepo.tree import Rollout, Stop
 
 
 class Observer:
@@ -99,7 +99,7 @@ class Trainer:
                 checkpoint.load_optimizer(found, model, optimizer)
                 self.actor.engine.load_weights(self.state.step)
             self.folder.claim()
-            self.folder.forget_after(self.state.step if found else None)
+            self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
         except BaseException:  # not handled, only tidied up after
             self._exit.close()
             raise
@@ -118,8 +118,8 @@ class Trainer:
         """Train to `trainer.steps`; after `stop()`, end with a checkpoint once the step under way is finished."""
         settings = self.config.trainer
         if self.state.step == 0:
-            self.folder.forget_after(None)
-            self._save()  # a new model's warm-up need not be repeated after a crash
+            if self.folder.latest_checkpoint() is None:
+                self._save()  # a new model's warm-up need not be repeated after a crash
             if settings.eval_every:
                 self._evaluate()
         while self.state.step < settings.steps and not self.stopping:
@@ -175,7 +175,7 @@ class Trainer:
                 self.config.sampler,
                 self.config.seed,
                 progress=(step - 1) / settings.steps,
-                on_tree=self._counter(partial(self.observer.sampling, step), asked),
+                on_progress=partial(self.observer.sampling, step),
             )
             sampled += rollouts
             self._check_errors(step, sampled)
@@ -298,14 +298,9 @@ class Trainer:
         }
 
     def _evaluate(self) -> None:
-        step, n = self.state.step, min(self.config.evaluate.problems, len(self.actor.task.problems("test")))
-        found = evaluate(
-            self.actor,
-            self.config.sampler,
-            self.config.evaluate,
-            derive(self.config.seed, "evaluate"),
-            self._counter(partial(self.observer.evaluating, step), 2 * n),
-        )
+        step, config = self.state.step, self.config
+        report = partial(self.observer.evaluating, step)
+        found = evaluate(self.actor, config.sampler, config.evaluate, config.seed, report)
         self._record({"step": step, "tokens_total": self.state.generated_tokens, "evaluation": found.to_json()})
         self.observer.evaluated(step, found)
 
@@ -323,17 +318,6 @@ class Trainer:
             self.config.trainer.keep_checkpoints,
         )
         self.observer.saved(path)
-
-    @staticmethod
-    def _counter(report: Callable[[int, int], None], trees: int) -> Callable[[int, Tree], None]:
-        done = 0
-
-        def one_more(index: int, tree: Tree) -> None:  # noqa: ARG001  # how many, not which
-            nonlocal done
-            done += 1
-            report(done, trees)
-
-        return one_more
 
     def _accelerator(self) -> Accelerator:
         trackers = list(self.config.trainer.trackers)

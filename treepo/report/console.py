@@ -30,7 +30,7 @@ ROWS = (
 class Progressing(Observer):
     """Shows a run: a bar with reward, tokens/s and sharing on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, steps: int, *, done: int = 0) -> None:
+    def __init__(self, console: Console, steps: int) -> None:
         self.console, self.steps = console, steps
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
@@ -45,7 +45,7 @@ class Progressing(Observer):
             expand=True,
             disable=not console.is_terminal,
         )
-        self._main = self._bar.add_task("train", total=steps, completed=done, note="")
+        self._main = self._bar.add_task("train", total=steps, note="")
         self._part = self._bar.add_task("", total=None, visible=False, note="")
 
     def __enter__(self) -> Self:
