@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from treepo import Forest, LocalEngine, LocalSettings, Sampler, SamplerSettings, model
+from treepo.gradient import accumulate
 from treepo.loss import LossSettings, policy_loss
 from treepo.packing import fold, pack
 
@@ -44,17 +45,22 @@ def test_the_engine_equals_a_plain_forward_pass_on_cuda(plain) -> None:
             torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
 
 
-def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plain, random_rollout) -> None:
+@pytest.mark.parametrize("plan", ["auto", "chains"])
+@pytest.mark.parametrize("max_tokens", [40, 10**6])
+def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, plain, random_rollout) -> None:
     rollouts = [random_rollout(seed, leaves=12, segment=16, vocabulary=60) for seed in range(4)]
     forest = Forest.of(rollouts)
     folded = fold(forest, np.random.default_rng(0).standard_normal(forest.path.shape))
     batch = pack(rollouts, forest, folded, range(4))
     gradients = {}
+
+    def loss(rows, logprob, _) -> torch.Tensor:
+        arrays = (torch.as_tensor(x[rows], device=logprob.device) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
+        return policy_loss(LossSettings(), logprob, None, *arrays, float(batch.weight.sum()))[0]
+
     for device in ("cpu", "cuda"):
         policy = model.prepare(copy.deepcopy(plain).to(device))
-        logprob = model.logprobs(policy, batch)
-        arrays = (torch.as_tensor(a, device=device) for a in (batch.adv_pos, batch.adv_neg, batch.weight))
-        policy_loss(LossSettings(), logprob, None, *arrays, float(batch.weight.sum()))[0].backward()
+        accumulate(policy, batch, loss, max_tokens=max_tokens, plan=plan if device == "cuda" else "reference")
         gradients[device] = {name: p.grad.cpu() for name, p in policy.named_parameters()}
     largest = max(g.abs().max().item() for g in gradients["cpu"].values())
     for name, expected in gradients["cpu"].items():

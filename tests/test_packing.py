@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,19 +13,15 @@ import torch
 from conftest import grow_random
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from packed_oracle import EVERYTHING, FAMILIES, SETTINGS, Case, errors, flat_case, paths, trained_leaves, worst
 
 from treepo.attention import PlanName, plan_for, visible
 from treepo.forest import Forest
-from treepo.loss import LossSettings, policy_loss
-from treepo.model import hidden, logits, logprobs, prepare
+from treepo.loss import LossSettings
+from treepo.model import logprobs
 from treepo.packing import PackedBatch, bins, fold, pack
 from treepo.tree import Rollout, Stop, Tree
 
-VOCABULARY = 30
-TEMPERATURE = 0.7
-FAMILIES = {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}
 seeds = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -36,21 +30,6 @@ def forest_of(rollouts: Sequence[Rollout], seed: int = 0) -> tuple[Forest, np.nd
     forest = Forest.of(rollouts)
     advantage = np.random.default_rng(seed).integers(-16, 17, forest.path.shape) / 8
     return forest, advantage, pack(rollouts, forest, fold(forest, advantage), range(len(rollouts)))
-
-
-def trained_leaves(rollouts: Sequence[Rollout]) -> list[tuple[Tree, int]]:
-    return [
-        (r.tree, leaf)
-        for r in rollouts
-        for leaf, reward in zip(r.tree.leaves(), r.rewards, strict=True)
-        if reward is not None
-    ]
-
-
-def paths(batch: PackedBatch) -> list[list[int]]:
-    """The rows of each leaf's path, read from `end` alone: a row with nothing below it is the end of a leaf."""
-    rows = np.arange(len(batch))
-    return [np.flatnonzero(visible(t, rows, batch.end)).tolist() for t in rows[batch.end == rows + 1]]
 
 
 def by_prev(batch: PackedBatch, row: int) -> list[int]:
@@ -143,8 +122,9 @@ def test_a_tree_without_a_trained_leaf_vanishes(random_rollout: Callable[..., Ro
     assert len(batch) == len(pack(rollouts, forest, folded, [1]))
     assert bins(rollouts, forest, folded, [0, 1, 2], 1000) == [[1]]
     assert len(pack(rollouts, forest, folded, [0, 2])) == 0
+    empty = pack(rollouts, forest, folded, [0])
     with pytest.raises(ValueError, match="at least one token"):
-        plan_for(pack(rollouts, forest, folded, [0]))
+        plan_for(empty.prev, empty.end)
 
 
 def test_advantages_of_another_shape_are_refused(random_rollout: Callable[..., Rollout]) -> None:
@@ -180,155 +160,7 @@ def test_packing_loads_no_torch() -> None:
 # The oracle: packed against flat
 
 
-def exact_rms_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """Hugging Face's is in float32 whatever the model."""
-    return module.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon))
-
-
-def models(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Equal weights twice: under treepo's attention, and untouched (in float64 with an RMSNorm that keeps it)."""
-    torch.manual_seed(0)
-    shape = {"head_dim": 8} if family != "qwen2" else {}
-    config = FAMILIES[family](
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        initializer_range=0.15,
-        max_position_embeddings=128,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **shape,
-    )
-    model = AutoModelForCausalLM.from_config(config).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-    plain = copy.deepcopy(model).eval()
-    for module in (*model.modules(), *plain.modules()):
-        if dtype == torch.float64 and type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(exact_rms_norm, module)
-    return prepare(model), plain
-
-
-@dataclass
-class Case:
-    """A forest whose old log-probs are near enough to the policy's for some ratios to be clipped and some not."""
-
-    model: PreTrainedModel
-    plain: PreTrainedModel
-    rollouts: list[Rollout]
-    forest: Forest
-    advantage: np.ndarray
-    batch: PackedBatch
-    flat_logits: list[Tensor]  # per trained leaf [its tokens, V], Hugging Face's own
-    flat_logprob: list[Tensor]  # per trained leaf [its response], at TEMPERATURE
-    rows: list[list[int]]  # per trained leaf: packed rows of its path
-    flat_loss: Tensor
-    flat_gradient: Tensor
-
-    @property
-    def total(self) -> float:
-        return float(sum(len(x) for x in self.flat_logprob))
-
-
-SETTINGS = LossSettings(dual_clip=3.0)
-
-
-def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree]) -> Case:
-    model, plain = models(family, dtype)
-    rng = np.random.default_rng(7)
-    rollouts = []
-    for seed in (11, 12, 13):
-        tree = grow(seed, leaves=6, segment=5, vocabulary=VOCABULARY, splits=3)
-        leaf = tree.leaves()[-1]
-        for kept in (0, tree.response_length(leaf) // 2):  # forks that a fallback opens late, the first at the prompt
-            tokens = rng.integers(0, VOCABULARY, 4).tolist()
-            tree.add(tree.cut(leaf, kept), tokens, [0.0] * 4, seed=0, stop=Stop.EOS)
-        rewards: list[float | None] = [1.0 for _ in tree.leaves()]
-        rewards[1] = None
-        rollouts.append(Rollout(str(seed), tree, rewards))
-    leaves = trained_leaves(rollouts)
-
-    flat_logits, flat_logprob, loss = [], [], torch.zeros((), dtype=dtype)
-    seen: set[tuple[int, int]] = set()
-    forest = Forest.of(rollouts)
-    advantage = rng.integers(-16, 17, forest.path.shape) / 8
-    total = float(sum(tree.response_length(leaf) for tree, leaf in leaves))
-    for tree, leaf in leaves:
-        ids = torch.tensor(tree.tokens(leaf))
-        found = plain(input_ids=ids[None], use_cache=False).logits[0]
-        flat_logits.append(found.detach())
-        logprob = (found / TEMPERATURE).log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0][len(tree.prompt) - 1 :]
-        flat_logprob.append(logprob)
-        # The rollout's log-probs: the policy's and noise, with some far off so that the dual clip acts.
-        begin = 0
-        for n in tree.path(leaf)[1:]:
-            node = tree.nodes[n]
-            now = logprob[begin : (begin := begin + len(node.tokens))].detach()
-            if (id(tree), n) not in seen:
-                seen.add((id(tree), n))
-                noise = rng.normal(0, 0.4, len(node.tokens)) - 2.0 * (rng.random(len(node.tokens)) < 0.2)
-                node.logprobs = np.float32(now.numpy() + noise).tolist()
-    for row, ((tree, leaf), logprob) in enumerate(zip(leaves, flat_logprob, strict=True)):
-        loss = loss + textbook_loss(tree, leaf, logprob, advantage[row]) / total
-    loss.backward()
-    batch = pack(rollouts, forest, fold(forest, advantage), range(len(rollouts)))
-    by_tokens = {tuple(batch.token_ids[rows].tolist()): rows for rows in paths(batch)}
-    rows = [by_tokens[tuple(tree.tokens(leaf))] for tree, leaf in leaves]
-    gradient = flat_gradient(plain)
-    return Case(
-        model, plain, rollouts, forest, advantage, batch, flat_logits, flat_logprob, rows, loss.detach(), gradient
-    )
-
-
-def textbook_loss(tree: Tree, leaf: int, logprob: Tensor, advantage: np.ndarray) -> Tensor:
-    """-min(rA, clip(r)A), at most -cA for A < 0, summed over one leaf's response."""
-    path = tree.path(leaf)[1:]
-    old = torch.tensor([x for n in path for x in tree.nodes[n].logprobs], dtype=logprob.dtype)
-    a = torch.tensor(np.repeat(advantage[1 : len(path) + 1], [len(tree.nodes[n].tokens) for n in path])).to(logprob)
-    ratio = (logprob - old).exp()
-    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - SETTINGS.clip_low, 1 + SETTINGS.clip_high) * a)
-    return -torch.where(a < 0, torch.maximum(surrogate, SETTINGS.dual_clip * a), surrogate).sum()
-
-
-def flat_gradient(model: PreTrainedModel) -> Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def worst(found: Tensor, expected: Tensor) -> float:
-    """Largest difference as a share of the largest value; NaN if there is one."""
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
-def errors(case: Case, batch: PackedBatch, plan: PlanName) -> dict[str, float]:
-    """How far `batch` is from flat: in the logits of every row of every path, the log-probs, the loss, its gradient."""
-    case.model.zero_grad()
-    dtype = case.model.dtype
-    with torch.no_grad():
-        ids, positions = (torch.as_tensor(x)[None] for x in (batch.token_ids, batch.position))
-        found = logits(case.model, hidden(case.model, ids, positions, plan_for(batch, plan))[0])
-    logprob = logprobs(case.model, batch, temperature=TEMPERATURE, plan=plan, chunk=7)
-    old, adv_pos, adv_neg, weight = (
-        torch.as_tensor(x).to(dtype) for x in (batch.rollout_logprob, batch.adv_pos, batch.adv_neg, batch.weight)
-    )
-    loss, metrics = policy_loss(SETTINGS, logprob, old, adv_pos, adv_neg, weight, case.total)
-    assert 0.1 < metrics["clip_fraction"] < 0.9 or batch is not case.batch
-    loss.backward()
-    response = [rows[-len(x) :] for rows, x in zip(case.rows, case.flat_logprob, strict=True)]
-    return {
-        "logits": np.max([worst(found[r], x) for r, x in zip(case.rows, case.flat_logits, strict=True)]),  # keeps NaN
-        "logprob": np.max([worst(logprob[r], x) for r, x in zip(response, case.flat_logprob, strict=True)]),
-        "loss": worst(loss.detach(), case.flat_loss),
-        "gradient": worst(flat_gradient(case.model), case.flat_gradient),
-    }
-
-
-@pytest.mark.parametrize("plan", ["chains", "dense"])
+@pytest.mark.parametrize("plan", ["chains", "reference"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_flat_in_logits_of_every_row_in_loss_and_in_every_gradient(
@@ -337,6 +169,19 @@ def test_packed_equals_flat_in_logits_of_every_row_in_loss_and_in_every_gradient
     case = flat_case(family, dtype, random_tree)
     found = errors(case, case.batch, plan)
     assert all(error <= tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "loss", [*(SETTINGS.model_copy(update={"shared_tokens": w}) for w in ("mean", "sqrt")), EVERYTHING], ids=str
+)
+def test_every_weight_of_shared_tokens_and_every_term_of_the_loss_equals_its_flat_definition(
+    loss: LossSettings,
+) -> None:
+    case = flat_case("qwen2", torch.float64, grow_random, loss)
+    found = errors(case, case.batch, "auto")
+    assert all(error <= 1e-5 for error in found.values()), found  # the folded columns are float32
+    other = loss.model_copy(update={"shared_tokens": "sum"})
+    assert worst(case.flat_loss, flat_case("qwen2", torch.float64, grow_random, other).flat_loss) > 1e-3
 
 
 def summed(batch: PackedBatch) -> PackedBatch:
@@ -349,38 +194,39 @@ def rows_of(batch: PackedBatch) -> np.ndarray:
 
 
 MUTANTS = {
-    "end one too far": (lambda b: replace(b, end=np.minimum(b.end + 1, len(b))), "logits", "dense"),
-    "end one too near": (lambda b: replace(b, end=np.maximum(b.end - 1, rows_of(b) + 1)), "logits", "dense"),
+    "end one too far": (lambda b: replace(b, end=np.minimum(b.end + 1, len(b))), "logits", "reference"),
+    "end one too near": (lambda b: replace(b, end=np.maximum(b.end - 1, rows_of(b) + 1)), "logits", "reference"),
     "end one too near, chains": (
         lambda b: replace(b, end=np.maximum(b.end - 1, rows_of(b) + 1)),
         "logits",
         "chains",
     ),
-    "siblings visible": (lambda b: replace(b, end=np.full_like(b.end, len(b))), "logits", "dense"),
+    "siblings visible": (lambda b: replace(b, end=np.full_like(b.end, len(b))), "logits", "reference"),
     "plainly causal": (lambda b: replace(b, prev=rows_of(b) - 1), "logits", "chains"),
     "predicted by the row before": (
         lambda b: replace(b, prev=np.where(b.prev < 0, -1, rows_of(b) - 1)),
         "logprob",
-        "dense",
+        "reference",
     ),
-    "position of the row": (lambda b: replace(b, position=rows_of(b)), "logits", "dense"),
+    "position of the row": (lambda b: replace(b, position=rows_of(b)), "logits", "reference"),
     "position one off in siblings": (
         lambda b: replace(b, position=b.position + (b.prev != rows_of(b) - 1)),
         "logits",
         "chains",
     ),
     "one summed advantage": (summed, "loss", "chains"),
-    "old log-probs shifted": (
+    "rollout log-probs shifted": (
         lambda b: replace(b, rollout_logprob=np.roll(b.rollout_logprob, 1)),
         "gradient",
         "chains",
     ),
+    "weights swapped": (lambda b: replace(b, weight=b.weight[::-1].copy()), "loss", "chains"),
 }
 
 
 @pytest.fixture(scope="module")
 def exact_case() -> Case:
-    return flat_case("qwen2", torch.float64, grow_random)
+    return flat_case("qwen2", torch.float64, grow_random, EVERYTHING.model_copy(update={"shared_tokens": "sum"}))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

@@ -20,16 +20,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from treepo import checkpoint
 from treepo.checkpoint import State
+from treepo.config import TrainerSettings
 from treepo.errors import ConfigError, TreePOError
 from treepo.folder import RunFolder, read_metrics
 from treepo.trainer import Observer, Trainer
 from treepo.tree import Rollout, Stop, Tree, read_rollouts
+from treepo.update import overlong
 
 KINDS = ("treepo", "grpo", "dr_grpo", "rloo", "reinforce_pp")
 # Everything that can go wrong with a resume is on: several updates per step, replaced queries, trees, evaluations.
 BUSY = (
     *("trainer.steps=5", "trainer.mini_batches=2", "trainer.dynamic_sampling.oversample=1.5"),
-    *("trainer.save_every=2", "trainer.save_trees_every=1", "trainer.eval_every=2"),
+    *("trainer.save_every=2", "trainer.save_trees_every=1", "trainer.eval_every=2", "loss.kl=0.05"),
 )
 UNWARMED = ("warmup=null",)  # answers nothing right, so that every query is flat
 
@@ -84,16 +86,41 @@ def test_independent_responses_with_grpo_train_too(tmp_path, start):
         assert all(rollout.tree.nodes[leaf].parent == 0 for leaf in rollout.tree.leaves())
 
 
+def test_a_leaner_update_is_nearly_the_same_update(tmp_path, start):
+    steps = []
+    lean = ("trainer.gradient_checkpointing=true", "trainer.precision=bfloat16", "trainer.max_tokens=20")
+    loss = ("loss.shared_tokens=mean", "loss.rollout_cap=2", "trainer.mini_batches=2", "trainer.steps=1")
+    for name, more in (("plain", ()), ("lean", lean)):
+        (tmp_path / name).mkdir()
+        assert changed(trained(tmp_path / name, *start, *loss, *more))
+        steps += steps_of(tmp_path / name / "run")
+    plain, lean_step = steps
+    assert plain["rollout_kl"] < 1e-8 < lean_step["rollout_kl"] < 1e-3  # the engine's log-probs stay float32
+    assert plain["rollout_capped"] == 0.0
+    assert lean_step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.1)
+    assert lean_step["entropy"] == pytest.approx(plain["entropy"], rel=0.02)
+
+
+def test_the_penalty_on_leaving_the_initial_policy_holds_it_back(tmp_path, start):
+    divergence = []
+    for kl in (0.001, 3.0):
+        (tmp_path / str(kl)).mkdir()
+        trained(tmp_path / str(kl), *start, f"loss.kl={kl}", "trainer.steps=4", "trainer.mini_batches=2")
+        divergence.append(steps_of(tmp_path / str(kl) / "run")[-1]["reference_kl"])
+    assert divergence[1] < 0.5 * divergence[0]
+
+
 def changed(trainer: Trainer) -> bool:
     first = load_file(trainer.folder.checkpoints / "step-000000" / "model.safetensors")
     last = trainer.actor.model.state_dict()
     return any(not torch.equal(first[name], last[name]) for name in first)
 
 
-def test_a_step_follows_the_flat_textbook_gradient(tmp_path, start):
+@pytest.mark.parametrize("max_tokens", [10, 100])  # in pieces, and in several rows, whose losses must add up
+def test_a_step_follows_the_flat_textbook_gradient(max_tokens, tmp_path, start):
     # From the trees on disk and a plain transformers model alone: GRPO with a token mean, one row per leaf.
     overrides = ("trainer.steps=1", "trainer.dynamic_sampling=null", "trainer.save_trees_every=1")
-    rows = "trainer.max_tokens=100"  # the batch is cut into several rows, whose losses must add up
+    rows = f"trainer.max_tokens={max_tokens}"
     # Temperature, too: log-probs are those of the distribution that was sampled.
     hot = ("sampler.sampling.temperature=1.3", "advantage.kind=grpo", "trainer.grad_clip=1e9")
     trainer = trained(tmp_path, *start, *overrides, rows, *hot)
@@ -110,7 +137,7 @@ def test_a_step_follows_the_flat_textbook_gradient(tmp_path, start):
     (loss / tokens).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in trainer.actor.model.named_parameters():
-        found = trainer.optimizer.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)  # after one step of AdamW
+        found = trainer.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)  # after one step of AdamW
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-6)
 
 
@@ -123,7 +150,7 @@ def test_several_updates_per_step_follow_the_flat_textbook_ones(tmp_path, start)
     trainer = trained(tmp_path, *start, *overrides, *clips, *keep, "seed=5")
     rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
     assert all(len(set(rollout.rewards)) == 2 for rollout in rollouts), "both must matter"
-    found = trainer.optimizer.optimizer.state_dict()["state"]
+    found = trainer.optimizer.state_dict()["state"]
     moments = torch.cat([found[i]["exp_avg"].flatten() for i in range(len(found))])
     off = []
     for order in (rollouts, rollouts[::-1]):
@@ -169,20 +196,20 @@ def test_the_gradient_is_clipped(tmp_path, start):
     trainer = trained(tmp_path, *start, "trainer.steps=1", "trainer.grad_clip=0.01")
     (step,) = steps_of(tmp_path / "run")
     assert step["grad_norm"] > 0.02  # as it was
-    moments = [state["exp_avg"].flatten() for state in trainer.optimizer.optimizer.state.values()]
+    moments = [state["exp_avg"].flatten() for state in trainer.optimizer.state.values()]
     assert torch.cat(moments).norm().item() / (1 - 0.9) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_overlong_penalty_falls_linearly_over_the_last_tokens(tmp_path):
+def test_the_overlong_penalty_falls_linearly_over_the_last_tokens():
     tree = Tree([5])
     for length in (15, 16, 18, 20):
         tree.add(0, [7] * length, [-1.0] * length, seed=length, version=0, stop=Stop.EOS)
     lost = tree.add(0, [], [], seed=1, version=0, stop=Stop.ERROR)
     rollout = Rollout("p", tree, [1.0, 1.0, 1.0, 0.0, None], {lost: "engine error"})
-    penalty = ("trainer.overlong_tokens=4", "trainer.overlong_penalty=0.5")
-    with Trainer(small_config(tmp_path, *UNWARMED, *penalty)) as trainer:  # a budget of 20 tokens
-        assert trainer._shape(rollout).rewards == [1.0, 1.0, 0.75, -0.5, None]
-        assert rollout.rewards == [1.0, 1.0, 1.0, 0.0, None]
+    settings = TrainerSettings(overlong_tokens=4, overlong_penalty=0.5)
+    assert overlong(rollout, settings, 20).rewards == [1.0, 1.0, 0.75, -0.5, None]
+    assert rollout.rewards == [1.0, 1.0, 1.0, 0.0, None]
+    assert overlong(rollout, TrainerSettings(), 20) is rollout
 
 
 # Dynamic sampling
@@ -294,6 +321,15 @@ def test_a_run_killed_in_its_warm_up_starts_again(tmp_path, undisturbed):
     assert everything(tmp_path / "run") == undisturbed
 
 
+def test_a_run_resumed_after_its_warm_up_ends_as_if_nothing_had_been(tmp_path, undisturbed):
+    with Trainer(small_config(tmp_path, *BUSY)) as trainer:
+        trainer.stop()
+        trainer.run()
+    assert trainer.state.step == 0
+    trained(tmp_path, *BUSY, resume=True)
+    assert everything(tmp_path / "run") == undisturbed
+
+
 def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint_and_a_hint(tmp_path, undisturbed):
     process = interrupted(tmp_path, signal.SIGTERM, lambda run, _: reported(run, 1))
     run, printed = tmp_path / "run", (tmp_path / "log.txt").read_text()
@@ -375,7 +411,7 @@ def test_metrics_have_their_fields(tmp_path, start):
     begin, step, end = read_metrics(tmp_path / "run" / "metrics.jsonl")
     sampled = {"reward", "leaves", "unscored", "response_tokens", "surprisal", "stops", "queries_sampled"}
     tokens = {"queries_used", "tokens_generated", "tokens_flat", "sharing"}
-    update = {"lr", "updates", "loss", "grad_norm", "clip_fraction", "approx_kl"}
+    update = {"lr", "updates", "loss", "grad_norm", "clip_fraction", "approx_kl", "entropy", "rollout_kl"}
     assert step.keys() == {"step", "seconds"} | sampled | tokens | update
     assert step["seconds"].keys() == {"step", "sample", "score", "update"}
     assert step["leaves"] == sum(step["stops"].values()) == 8 * step["queries_sampled"]
@@ -486,7 +522,7 @@ def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_last_one(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # the weights need more
     try:
         with pytest.raises(ConfigError, match=r"step-000002: cannot write the checkpoint: .*File too large") as caught:
-            checkpoint.save(folder, actor.model, actor.tokenizer, trainer.optimizer.optimizer, State(step=2), 2)
+            checkpoint.save(folder, actor.model, actor.tokenizer, trainer.optimizer, State(step=2), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)

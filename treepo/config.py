@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from treepo.advantages import Estimator, TreePO
+from treepo.attention import PlanName
 from treepo.engines.local import LocalSettings
 from treepo.errors import ConfigError, nearest
 from treepo.evaluate import EvaluateSettings
@@ -40,7 +41,18 @@ class TrainerSettings(Settings):
     lr_warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises linearly.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW.")
     grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    max_tokens: int = Field(16384, ge=1, description="Most tokens of a packed row: bounds the memory of an update.")
+    max_tokens: int = Field(
+        16384,
+        ge=1,
+        description="Most tokens whose activations an update keeps at once; larger trees are computed in pieces.",
+    )
+    attention: PlanName = Field("auto", description="How packed rows attend; auto: the fastest for device and shape.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the update's passes; bfloat16: autocast, while the weights stay float32."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, a third more work."
+    )
     dynamic_sampling: DynamicSampling | None = Field(
         DynamicSampling(), description="null trains on every query, also where all rewards are the same."
     )

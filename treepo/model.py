@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from treepo.attention import Causal, Plan, PlanName, install, plan_for
 from treepo.errors import ConfigError
@@ -156,6 +157,19 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let `model` keep only the inputs of its layers and compute the rest again in the backward pass (in place)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"trainer.gradient_checkpointing: {error}") from error
+    # transformers asks the layer whether it is training; the modules below it, dropout among them, stay as they are.
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
 class _Probe(Causal):
     """Which layers ask the plan; refuses keys and values of different sizes, which engines do not cache."""
 
@@ -193,43 +207,50 @@ def logprobs(
     """Log-prob [T] in nats of each packed token given its path, under the policy at `temperature`.
 
     Float32, or float64 for a float64 model. 0.0 where no trained leaf needs it (`weight` 0: prompts). Every token
-    goes through the model once, whatever the number of leaves below it, with exact gradients (`plan_for`).
+    goes through the model once, whatever the number of leaves below it, and gradients are exact. The row is computed
+    whole: `treepo.gradient` trains in pieces.
     """
     ids = torch.as_tensor(batch.token_ids, device=model.device)
     positions = torch.as_tensor(batch.position, device=model.device)
     rows = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
-    states = hidden(model, ids[None], positions[None], plan_for(batch, plan, model.device))[0]
+    way = plan_for(batch.prev, batch.end, name=plan, device=model.device)
+    states = hidden(model, ids[None], positions[None], way)[0]
     wanted = torch.as_tensor(rows, device=model.device)
     given = states.index_select(0, torch.as_tensor(batch.prev[rows], device=model.device))
-    found = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
+    found, _ = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
     return found.new_zeros(len(batch)).index_copy(0, wanted, found)
 
 
 def token_logprobs(
     model: PreTrainedModel, states: Tensor, token_ids: Tensor, *, temperature: float = 1.0, chunk: int | None = None
-) -> Tensor:
-    """Log-prob [n] in nats of `token_ids` [n] under the logits of `states` [n, hidden] at `temperature`.
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] of `token_ids` [n] under the logits of `states` [n, hidden] at `temperature`, and entropies [n].
 
-    Only `chunk` rows of logits exist at a time (default: as many as make `CHUNK_LOGITS` numbers); the backward pass
+    Both in nats; an entropy is that of the whole distribution which its token is from, and has no gradient. Only
+    `chunk` rows of logits exist at a time (default: as many as make `CHUNK_LOGITS` numbers); the backward pass
     computes them again.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
     chunk = chunk or max(1, CHUNK_LOGITS // model.config.vocab_size)
+    chunks = list(zip(torch.split(states, chunk), torch.split(token_ids, chunk), strict=True))
+    entropies: list[Tensor] = []
 
     def some(states: Tensor, token_ids: Tensor) -> Tensor:
         scores = logits(model, states)
         scores = scores if scores.dtype == torch.float64 else scores.float()
         scores = scores if temperature == 1.0 else scores / temperature
+        if len(entropies) < len(chunks):  # once, not again in the backward pass
+            entropies.append(torch.special.entr(scores.detach().softmax(-1)).sum(-1))
         return -F.cross_entropy(scores, token_ids, reduction="none")
 
-    parts = [
-        checkpoint(some, part, ids, use_reentrant=False, preserve_rng_state=False)
+    found = [
+        checkpoint(some, *part, use_reentrant=False, preserve_rng_state=False)
         if torch.is_grad_enabled()
-        else some(part, ids)
-        for part, ids in zip(torch.split(states, chunk), torch.split(token_ids, chunk), strict=True)
+        else some(*part)
+        for part in chunks
     ]
-    return torch.cat(parts)
+    return torch.cat(found), torch.cat(entropies)
 
 
 def context(model: PreTrainedModel) -> int:

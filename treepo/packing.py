@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from treepo.forest import Floats, Forest, Ints
 from treepo.tree import ROOT, Rollout, Tree
 
 Singles = NDArray[np.float32]
+
+Shared = Literal["sum", "mean", "sqrt"]
+"""What a token that k trained leaves share weighs in the loss: as much as k tokens, as one, or as the root of k."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Folded:
 
     adv_pos: Floats  # [N] >= 0; 0 for roots
     adv_neg: Floats  # [N] <= 0; 0 for roots
-    weight: Floats  # [N] trained leaves at or below the node
+    weight: Floats  # [N] what one of its tokens weighs: with `sum`, the trained leaves at or below the node
 
 
 @dataclass(frozen=True)
@@ -45,28 +49,33 @@ class PackedBatch:
     prev: Ints  # [T] row index of the token that predicts this one; -1 for the first of a tree
     end: Ints  # [T] row index just past the subtree of the token's node
     rollout_logprob: Singles  # [T] of the distribution sampled from, in nats; 0 on prompts
-    adv_pos: Singles  # [T] sum of the positive advantages of the leaves through the token; 0 on prompts
-    adv_neg: Singles  # [T] sum of the negative ones
-    weight: Singles  # [T] number of trained leaves through the token; 0 on prompts
+    adv_pos: Singles  # [T] `Folded.adv_pos` of the token's node; 0 on prompts
+    adv_neg: Singles  # [T]
+    weight: Singles  # [T] `Folded.weight`; 0 on prompts
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
 
-def fold(forest: Forest, advantage: Floats) -> Folded:
+def fold(forest: Forest, advantage: Floats, shared: Shared = "sum") -> Folded:
     """Sum `advantage` over the leaves through each node, the positive and the negative ones apart.
 
     `advantage` [L, D + 1] is aligned with `forest.path`: one number per leaf and node on its path. Column 0 (prompts)
     and entries beyond a path's end are ignored.
+
+    With `sum` every leaf counts on every one of its tokens, as if it were a row of its own (TreePO, Tree-GRPO). `mean`
+    divides the sums by the number k of leaves, so that a shared token counts once (SPO), and `sqrt` by the root of k
+    (TreeRL, AttnRL). Equivalent is a weight of 1, 1 / k or 1 / sqrt(k) on each (leaf, token) pair.
     """
     if advantage.shape != forest.path.shape:
         raise ValueError(f"advantages of shape {advantage.shape} for paths of shape {forest.path.shape}")
     response = advantage.astype(np.float64)
     response[:, :1] = 0.0
+    share = np.maximum(forest.leaf_count, 1.0) ** {"sum": 0.0, "sqrt": -0.5, "mean": -1.0}[shared]  # [N] of a pair
     return Folded(
-        adv_pos=forest.over_leaves(np.maximum(response, 0.0)),
-        adv_neg=forest.over_leaves(np.minimum(response, 0.0)),
-        weight=forest.leaf_count,
+        adv_pos=forest.over_leaves(np.maximum(response, 0.0)) * share,
+        adv_neg=forest.over_leaves(np.minimum(response, 0.0)) * share,
+        weight=forest.leaf_count * share,
     )
 
 
@@ -126,7 +135,7 @@ def bins(
     """Distribute the trees `which` over rows of at most `max_tokens` packed tokens, by first-fit decreasing.
 
     The same trees give the same rows. Trees without a trained leaf are in no row. A tree that alone has more than
-    `max_tokens` tokens gets a row of its own; it is not split.
+    `max_tokens` tokens gets a row of its own, which `treepo.pieces` cuts.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")

@@ -9,12 +9,12 @@ CPU with the same number of threads).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -23,22 +23,21 @@ from typing import Any, Self
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from treepo import checkpoint
 from treepo import model as causal_lm
-from treepo.advantages import advantages
 from treepo.assembly import build_actor
 from treepo.checkpoint import State
 from treepo.config import Config
-from treepo.errors import ConfigError, EngineError, TreePOError
+from treepo.errors import ConfigError, EngineError
 from treepo.evaluate import Evaluation, evaluate
 from treepo.folder import Metrics, RunFolder
-from treepo.forest import Forest
-from treepo.loss import policy_loss
-from treepo.packing import PackedBatch, bins, fold, pack
+from treepo.processes import Processes
 from treepo.seeds import generator
 from treepo.tasks import Problem
 from treepo.tree import Rollout, Stop
+from treepo.update import Updater
 
 
 class Observer:
@@ -50,6 +49,8 @@ class Observer:
 
     def evaluating(self, step: int, trees_done: int, trees: int) -> None: ...
 
+    def planned(self, attention: str) -> None: ...
+
     def stepped(self, metrics: Metrics) -> None: ...
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None: ...
@@ -57,21 +58,11 @@ class Observer:
     def saved(self, path: Path) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A packed row of a mini-batch, and the log-probs that its ratios are taken to."""
-
-    batch: PackedBatch
-    old_logprob: torch.Tensor | None  # [T]; None: exactly on-policy
-
-
 class Trainer:
     """A run in its folder (`RunFolder`); `resume` goes on after the newest checkpoint."""
 
     def __init__(self, config: Config, *, resume: bool = False, observer: Observer | None = None) -> None:
         self.config = config
-        self.observer = observer or Observer()
-        self.folder = RunFolder(config, resume=resume)
         self.state = State()
         self.stopping = False
         self._exit = ExitStack()
@@ -84,22 +75,31 @@ class Trainer:
         self.problems = config.task.problems("train")
         tested = config.task.problems("test")[: config.evaluate.problems] if config.trainer.eval_every else ()
         self.accelerator = self._accelerator()
+        self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        self.observer = observer if observer and self.processes.main else Observer()
+        self.folder = RunFolder(config, resume=resume)
         found = self.folder.latest_checkpoint()
-        self.actor = build_actor(config, found, self.observer.warming_up)
+        self.processes.wait()  # until everyone has looked, and before anyone writes
+        self.actor = build_actor(config, found, self.observer.warming_up, self.processes)
         self._exit.callback(self.actor.scorer.close)
         try:
             if isinstance(self.problems, tuple):  # read from a file, where any may be too long; not generated on demand
                 for problem in (*self.problems, *tested):
                     self.actor.encode(problem, config.sampler)
             model, settings = self.actor.model, config.trainer
+            if settings.gradient_checkpointing:
+                causal_lm.checkpoint_activations(model)
+            self.processes.copy_from_main(model.parameters())
             optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-            self.optimizer = self.accelerator.prepare(optimizer)
+            self.optimizer = optimizer
             if found:
                 self.state = checkpoint.load_state(found)
                 checkpoint.load_optimizer(found, model, optimizer)
                 self.actor.engine.load_weights(self.state.step)
-            self.folder.claim()
-            self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
+            if self.processes.main:
+                self.folder.claim()
+                self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
+            self.updater = Updater(config, model, self._reference(resumed=bool(found)), optimizer, self.processes)
         except BaseException:  # not handled, only tidied up after
             self._exit.close()
             raise
@@ -122,15 +122,19 @@ class Trainer:
                 self._save()  # a new model's warm-up need not be repeated after a crash
             if settings.eval_every:
                 self._evaluate()
-        while self.state.step < settings.steps and not self.stopping:
+        while self.state.step < settings.steps and not self.processes.any(self.stopping):
             metrics = self._step(self.state.step + 1)
             self._record(metrics)
             self.observer.stepped(metrics)
-            last = self.state.step == settings.steps
-            if settings.eval_every and (last or self.state.step % settings.eval_every == 0):
+            if settings.eval_every and self.state.step in (
+                settings.steps,
+                *range(0, settings.steps, settings.eval_every),
+            ):
                 self._evaluate()
-            if last or self.stopping or self.state.step % settings.save_every == 0:
+            if self.state.step % settings.save_every == 0:
                 self._save()
+        if self.state.step % settings.save_every:
+            self._save()
         self.accelerator.end_training()
 
     def stop(self) -> None:
@@ -143,8 +147,15 @@ class Trainer:
         sampled, used, position = self._collect(step)
         metrics = self._describe(step, sampled, used)
         update_start = time.perf_counter()
-        metrics |= self._update(step, used)
-        if self.config.trainer.save_trees_every and step % self.config.trainer.save_trees_every == 0:
+        planned = self.updater.plan
+        metrics |= self.updater(step, used)
+        if self.updater.plan and not planned:
+            self.observer.planned(self.updater.plan)
+        if (
+            self.processes.main
+            and self.config.trainer.save_trees_every
+            and step % self.config.trainer.save_trees_every == 0
+        ):
             self.folder.write_trees(step, sampled)
         self.actor.engine.load_weights(step)
         end = time.perf_counter()
@@ -203,76 +214,6 @@ class Trainer:
                 f"({self.config.trainer.max_error_rate:g}); the most frequent reason ({times} times): {why}"
             )
 
-    # Updating --------------------------------------------------------------------------------------------------------
-
-    def _update(self, step: int, rollouts: Sequence[Rollout]) -> Metrics:
-        """One pass over the rollouts: `mini_batches` optimizer updates."""
-        settings = self.config.trainer
-        lr = settings.lr * min(1.0, step / max(1, settings.lr_warmup_steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        shaped = [self._shape(rollout) for rollout in rollouts]
-        forest = Forest.of(shaped)
-        if not len(forest.leaf):
-            return {"lr": lr, "updates": 0}
-        folded = fold(forest, advantages(self.config.advantage, forest))
-        order = generator(self.config.seed, "mini-batches", step).sample(range(len(shaped)), len(shaped))
-        many = min(settings.mini_batches, len(order))
-        batches: list[tuple[list[Row], float]] = []
-        for i in range(many):
-            which = sorted(order[i::many])
-            bin_packed = bins(shaped, forest, folded, which, settings.max_tokens)
-            packed = [pack(shaped, forest, folded, trees) for trees in bin_packed]
-            tokens = sum(float(batch.weight.sum()) for batch in packed)
-            with torch.no_grad():
-                rows = [Row(batch, self._logprobs(batch) if many > 1 else None) for batch in packed]
-            batches.append((rows, tokens))
-        found: dict[str, float] = defaultdict(float)
-        for rows, tokens in batches:
-            for name, value in self._optimize(step, rows, tokens).items():
-                found[name] += value
-        updates = len(batches)
-        return {"lr": lr, "updates": updates} | {name: value / updates for name, value in found.items()}
-
-    def _optimize(self, step: int, rows: Sequence[Row], tokens: float) -> dict[str, float]:
-        """One optimizer update on the mean over all (leaf, token) pairs of `rows`."""
-        model, settings = self.actor.model, self.config.trainer
-        found: dict[str, float] = defaultdict(float)
-        for row in rows:
-            logprob = self._logprobs(row.batch)
-            arrays = (row.batch.adv_pos, row.batch.adv_neg, row.batch.weight)
-            adv_pos, adv_neg, weight = (torch.as_tensor(a, device=logprob.device) for a in arrays)
-            loss, metrics = policy_loss(self.config.loss, logprob, row.old_logprob, adv_pos, adv_neg, weight, tokens)
-            self.accelerator.backward(loss)
-            for name, value in {"loss": loss.detach(), **metrics}.items():
-                found[name] += value.item()
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        norm = float(norm) if norm is not None else 0.0
-        if not math.isfinite(norm):
-            raise TreePOError(
-                f"step {step}: the gradient is not finite (norm {norm}) and was not applied: start another run with a "
-                f"lower trainer.lr, from a checkpoint (--model {self.folder.latest_checkpoint()})"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return dict(found) | {"grad_norm": norm}
-
-    def _logprobs(self, batch: PackedBatch) -> torch.Tensor:
-        return causal_lm.logprobs(self.actor.model, batch, temperature=self.config.sampler.sampling.temperature)
-
-    def _shape(self, rollout: Rollout) -> Rollout:
-        """The rollout with the overlong penalty in its rewards (DAPO's soft punishment, arXiv 2503.14476, eq. 13)."""
-        window, budget = self.config.trainer.overlong_tokens, self.config.sampler.response_tokens
-        if not window:
-            return rollout
-        excess = [max(0, rollout.tree.response_length(leaf) - (budget - window)) for leaf in rollout.tree.leaves()]
-        penalty = self.config.trainer.overlong_penalty
-        rewards = [
-            None if reward is None else reward - penalty * over / window
-            for reward, over in zip(rollout.rewards, excess, strict=True)
-        ]
-        return replace(rollout, rewards=rewards)
-
     # Reporting and keeping -------------------------------------------------------------------------------------------
 
     def _describe(self, step: int, sampled: Sequence[Rollout], used: Sequence[Rollout]) -> Metrics:
@@ -305,19 +246,34 @@ class Trainer:
         self.observer.evaluated(step, found)
 
     def _record(self, metrics: Metrics) -> None:
-        self.folder.record(metrics)
+        if self.processes.main:
+            self.folder.record(metrics)
         self.accelerator.log(_numbers(metrics), step=metrics["step"])
 
     def _save(self) -> None:
-        path = checkpoint.save(
-            self.folder.checkpoints,
-            self.actor.model,
-            self.actor.tokenizer,
-            self.optimizer.optimizer,
-            self.state,
-            self.config.trainer.keep_checkpoints,
-        )
-        self.observer.saved(path)
+        if self.processes.main:
+            path = checkpoint.save(
+                self.folder.checkpoints,
+                self.actor.model,
+                self.actor.tokenizer,
+                self.optimizer,
+                self.state,
+                self.config.trainer.keep_checkpoints,
+            )
+            self.observer.saved(path)
+
+    def _reference(self, *, resumed: bool) -> PreTrainedModel | None:
+        """The initial policy, frozen, if the loss asks for it; that of a new model is kept in the run's folder."""
+        settings, kept = self.config.model, self.folder.path / "reference"
+        if not self.config.loss.kl:
+            return None
+        if resumed:
+            model = causal_lm.load(settings.path or str(kept), settings.dtype, self.actor.model.device)
+        else:
+            model = copy.deepcopy(self.actor.model)
+            if settings.path is None and self.processes.main:
+                model.save_pretrained(kept)
+        return model.requires_grad_(False)
 
     def _accelerator(self) -> Accelerator:
         trackers = list(self.config.trainer.trackers)
@@ -327,11 +283,7 @@ class Trainer:
             if find_spec(name) is None:
                 raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
         cpu = causal_lm.device(self.config.model).type == "cpu"
-        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=str(self.folder.path))
-        if accelerator.num_processes > 1:
-            raise ConfigError(
-                f"this version trains in one process, but {accelerator.num_processes} were started: start one"
-            )
+        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=self.config.out)
         if trackers:
             accelerator.init_trackers("treepo", _numbers(self.config.model_dump(mode="json")))
         return accelerator

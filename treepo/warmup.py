@@ -75,6 +75,7 @@ def warm_up(
         schedule.step()
         if progress is not None:
             progress(step + 1, loss.item())
+    optimizer.zero_grad()  # whoever trains on must not find the last gradient
 
 
 def _pace(step: int, settings: WarmupSettings) -> float:

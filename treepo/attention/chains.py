@@ -1,79 +1,26 @@
-"""Attention over trees: the seam through which unmodified Hugging Face models meet a plan.
+"""The portable fast plan: chains of a packed row, alike ones in one call, on public PyTorch alone.
 
-A model prepared by `install` asks the *plan* of its current forward pass for every attention: `plan.attend(...)`.
-The packed update and the embedded engine are plans; both run on the model's own weights and layers.
-
-A packed row (`treepo.packing`) has one rule, `visible`, and two plans: `Dense`, which is the rule written out for all
-pairs, and `Chains`, which computes the same without most of the pairs that see nothing of each other.
-
-Letters: B rows, T tokens of a row, H query heads, K key-value heads, d dimensions of a head.
+Letters: T tokens of a row, P keys before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from torch import Tensor
 
-from treepo.errors import ConfigError, nearest
-from treepo.packing import PackedBatch
-
-NAME = "treepo"
-
-PlanName = Literal["auto", "chains", "dense"]
-
-Ints = NDArray[np.int64]
-Array = TypeVar("Array", Tensor, NDArray[Any])
+from treepo.attention.plan import Ints, masked, visible, with_past
 
 # Costs for `Chains` in (query, key) pairs, measured forward and backward on one x86 core at H x d of 64 and 256 (35 to
 # 100 ns a pair). They decide how chains share calls, never what is computed; four times more or less costs under 10 %.
 CALL = 4096  # an attention call, however small
 ROW = 8  # a query or key of padding, beside its pairs
-
-
-class Plan(Protocol):
-    """How the queries of one forward pass see the keys."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """q [B, H, T, d], k and v [B, K, T, d] with H a multiple of K; returns [B, T, H, d]."""
-        ...
-
-
-class Causal:
-    """Plain causal rows without padding: the plan that every other one is compared with."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
-
-
-def visible(q: Array, kv: Array, end: Array) -> Array:
-    """Whether query row `q` sees key row `kv`, where `end` is `PackedBatch.end` at `kv`; arrays broadcast.
-
-    A token's subtree is the rows from itself to `end`, so this is: the query is in the key's subtree. It holds inside
-    a segment, for ancestors, between siblings and between trees.
-    """
-    return (kv <= q) & (q < end)
-
-
-class Dense:
-    """`visible` for all T x T pairs. The reference; time and memory go with T squared."""
-
-    def __init__(self, end: Tensor) -> None:
-        rows = torch.arange(len(end), device=end.device)
-        self.mask = visible(rows[:, None], rows[None, :], end[None, :])  # [T, T] bool
-
-    def __str__(self) -> str:
-        return "dense"
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return _masked(q, k, v, self.mask, scale).transpose(1, 2)
+QUERY, KEY = 77, 30  # of a whole plan, without padding: a query, and a key of a chain (copied, and its gradient added)
 
 
 class Chains:
@@ -91,18 +38,18 @@ class Chains:
     each has its own copy of its ancestors' keys and values (of nothing else); masks have one number per pair.
     """
 
-    def __init__(self, batch: PackedBatch, device: torch.device) -> None:
-        self.calls = [_Call.of(group, batch.end, device) for group in _grouped(_chains(batch))]
-        tokens = len(batch)
+    def __init__(self, prev: Ints, end: Ints, past: int, device: torch.device) -> None:
+        self.calls = [_Call.of(group, end, past, device) for group in _grouped(chains_of(prev, past))]
+        tokens = len(prev)
         queries = [call.queries for call in self.calls]
         keys = [call.keys for call in self.calls]
-        self._from_queries = _Take.plan(queries, tokens, device)
-        self._from_keys = _Take.plan(keys, tokens, device)
+        self._from_queries = Take.plan(queries, tokens, device)
+        self._from_keys = Take.plan(keys, past + tokens, device)
         # The slot of each row's output among the (padded) queries of all calls, and that map's own inverse.
         slot = np.empty(tokens, np.int64)
         flat = np.concatenate([q.ravel() for q in queries])
         slot[flat[flat < tokens]] = np.flatnonzero(flat < tokens)
-        self._to_rows = _Take.plan([slot], len(flat), device)
+        self._to_rows = Take.plan([slot], len(flat), device)
         self._masks: list[Tensor | None] | None = None
 
     def __str__(self) -> str:
@@ -115,7 +62,7 @@ class Chains:
         if self._masks is None:
             self._masks = [call.mask(q.dtype) for call in self.calls]
         q_all, k_all, v_all = (
-            take(x.transpose(1, 2).reshape(tokens, -1))
+            take(x[0].transpose(0, 1).flatten(1))
             for x, take in ((q, self._from_queries), (k, self._from_keys), (v, self._from_keys))
         )
         q_sizes = [call.queries.size for call in self.calls]
@@ -133,90 +80,50 @@ class Chains:
                 x.view(len(call.queries), -1, x.shape[1] // width, width).transpose(1, 2)
                 for x in (q_part, k_part, v_part)
             )
-            out = _masked(qs, ks, vs, mask, scale)
+            out = masked(qs, ks, vs, mask, scale)
             outputs.append(out.transpose(1, 2).reshape(-1, heads * width))
         return self._to_rows(torch.cat(outputs)).view(1, tokens, heads, width)
 
 
-def plan_for(batch: PackedBatch, name: PlanName = "auto", device: torch.device | str = "cpu") -> Plan:
-    """The plan called `name` for a packed row; every name gives the same attention up to rounding.
-
-    `dense` is the reference, `chains` the fast one, `auto` the fastest known: `chains`. One call with a dense mask
-    per tree, batched over the trees, took 1.05 (star of 160 tokens) to 8 times as long from segments of 4 tokens on;
-    serving small subtrees whole gained nothing beyond noise.
-    """
-    if name not in get_args(PlanName):
-        raise ConfigError(
-            f"attention plan {name!r} is not one of {', '.join(get_args(PlanName))}{nearest(name, get_args(PlanName))}"
-        )
-    if not len(batch):
-        raise ValueError("a packed row needs at least one token")
-    device = torch.device(device)
-    if name == "dense":
-        return Dense(torch.as_tensor(batch.end, device=device))
-    return Chains(batch, device)
-
-
-def install(model: PreTrainedModel) -> None:
-    """Route the attention of every layer of `model` through the plan of the forward pass (in place)."""
-    AttentionInterface.register(NAME, _attend)
-    model.set_attn_implementation(NAME)
-
-
-def _attend(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, _mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    plan: Plan | None = options.get("plan")
-    if plan is None:
-        raise ValueError("this model runs under a treepo plan: call it through treepo.model, or set another attention")
-    # What a plan cannot express must never be dropped silently.
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"attention with {name!r} is not supported")
-    scale = options.get("scaling") or q.shape[-1] ** -0.5
-    return plan.attend(module.layer_idx, q, k, v, scale), None  # type: ignore[arg-type]
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Attention [n, H, queries, d] under `mask` (True or 0: seen), causal without one."""
-    if mask is not None and q.device.type != "cpu":
-        # The memory-efficient kernel, the only fast one with a mask there, wants as many key heads as query heads.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
 @dataclass(frozen=True)
-class _Chain:
-    """Rows `first` to `first + length` and the rows that all of them see outside the chain."""
+class Chain:
+    """Rows `first` to `first + length` and the keys that all of them see outside the chain."""
 
     first: int
     length: int
-    ancestors: Ints  # ascending
+    ancestors: Ints  # ascending; key j < P is of the past, P + i that of row i
 
     @property
     def keys(self) -> int:
         return len(self.ancestors) + self.length
 
 
-def _chains(batch: PackedBatch) -> list[_Chain]:
+def chains_of(prev: Ints, past: int) -> list[Chain]:
     """The chains of a row in its order, a parent before its children."""
-    first = np.flatnonzero((batch.prev != np.arange(len(batch)) - 1) | (batch.prev < 0))
-    fork = batch.prev[first]  # the row that a chain hangs off, -1 for a tree's first chain
+    first = np.flatnonzero((prev != np.arange(len(prev)) - 1) | (prev < 0))
+    fork = prev[first]  # the row that a chain hangs off, -1 for a tree's first chain
     parent = np.searchsorted(first, fork, side="right") - 1
-    chains: list[_Chain] = []
+    chains: list[Chain] = []
     for begin, length, p, end in zip(
-        first.tolist(), np.diff(first, append=len(batch)).tolist(), parent, fork, strict=True
+        first.tolist(), np.diff(first, append=len(prev)).tolist(), parent, fork, strict=True
     ):
-        ancestors = np.empty(0, np.int64)
+        ancestors = np.arange(past)
         if end >= 0:
-            ancestors = np.concatenate([chains[p].ancestors, np.arange(chains[p].first, end + 1)])
-        chains.append(_Chain(begin, length, ancestors))
+            ancestors = np.concatenate([chains[p].ancestors, np.arange(chains[p].first, end + 1) + past])
+        chains.append(Chain(begin, length, ancestors))
     return chains
 
 
-def _grouped(chains: Sequence[_Chain]) -> list[list[_Chain]]:
+def cost(prev: Ints, end: Ints, past: int) -> float:
+    """About what `Chains` takes for a row, in (query, key) pairs: comparable with `Cuts.cost`."""
+    first = np.flatnonzero((prev != np.arange(len(prev)) - 1) | (prev < 0))
+    stop = np.append(first[1:], len(prev))
+    # The last row of a chain sees all rows up to itself but those whose subtree is over.
+    keys = past + stop - np.searchsorted(np.sort(end), stop - 1, side="right")
+    return float(((stop - first) * (QUERY + keys) + KEY * keys).sum())
+
+
+def _grouped(chains: Sequence[Chain]) -> list[list[Chain]]:
     """Divide the chains into calls, those without ancestors apart from the others."""
     groups = []
     for plain in (True, False):
@@ -241,27 +148,27 @@ def _grouped(chains: Sequence[_Chain]) -> list[list[_Chain]]:
 
 @dataclass(frozen=True)
 class _Call:
-    """n chains padded to one shape. Rows of padding have the index T."""
+    """n chains padded to one shape."""
 
-    queries: Ints  # [n, most queries]
-    keys: Ints  # [n, most keys]
+    queries: Ints  # [n, most queries] rows; T: padding
+    keys: Ints  # [n, most keys] in the order of `Chain.ancestors`; P + T: padding
     visible: Tensor | None  # [n, 1, most queries, most keys] bool, None: plainly causal
 
     @classmethod
-    def of(cls, chains: Sequence[_Chain], end: Ints, device: torch.device) -> _Call:
+    def of(cls, chains: Sequence[Chain], end: Ints, past: int, device: torch.device) -> _Call:
         """The call for `chains`, which all have ancestors or all have none; `end` is that of their row."""
         tokens = len(end)
         queries = np.full((len(chains), max(chain.length for chain in chains)), tokens)
-        keys = np.full((len(chains), max(chain.keys for chain in chains)), tokens)
+        keys = np.full((len(chains), max(chain.keys for chain in chains)), past + tokens)
         for i, chain in enumerate(chains):
             own = np.arange(chain.first, chain.first + chain.length)
             queries[i, : chain.length] = own
-            keys[i, : chain.keys] = np.concatenate([chain.ancestors, own])
+            keys[i, : chain.keys] = np.concatenate([chain.ancestors, past + own])
         if not len(chains[0].ancestors):
             return cls(queries, keys, None)
         q, kv = (torch.as_tensor(x, device=device) for x in (queries, keys))
-        ends = torch.as_tensor(np.append(end, 0), device=device)[kv]
-        seen = visible(q[:, None, :, None], kv[:, None, None, :], ends[:, None, None, :])
+        ends = torch.as_tensor(np.append(with_past(end, past), 0), device=device)[kv]
+        seen = visible(past + q[:, None, :, None], kv[:, None, None, :], ends[:, None, None, :])
         # A query of padding would see nothing and divide by zero; its output is dropped, so let it see anything.
         seen |= (q == tokens)[:, None, :, None]
         return cls(queries, keys, seen)
@@ -275,7 +182,7 @@ class _Call:
         )
 
 
-class _Take(torch.autograd.Function):
+class Take(torch.autograd.Function):
     """x [rows, width] -> x[index] [slots, width], with a backward that sums the slots of each row in a fixed order.
 
     `index_select` alone would do; its backward adds slot by slot and is twice as slow on a CPU.
@@ -289,7 +196,7 @@ class _Take(torch.autograd.Function):
         slots = used[np.argsort(flat[used], kind="stable")]  # sorted by row
         offsets = np.searchsorted(flat[slots], np.arange(rows))
         tensors = [torch.as_tensor(x, device=device) for x in (np.where(flat < rows, flat, 0), slots, offsets)]
-        apply: Callable[..., Tensor] = _Take.apply
+        apply: Callable[..., Tensor] = Take.apply
         return lambda x: apply(x, *tensors)
 
     @staticmethod
