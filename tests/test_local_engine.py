@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment, kvcache
-from treepo.engines.draw import NUCLEUS, Draw, invert, uniform
+from treepo.engines.draw import NUCLEUS, WIDER, Draw, invert, uniform
+from treepo.engines.kept import Budget, Kept
 from treepo.engines.local import LocalEngine, LocalHandle, LocalSettings
 from treepo.errors import ConfigError, EngineError
+from treepo.policies.branching import Uniform
+from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import ROOT, Stop, Tree
 
 V = 40
@@ -85,10 +90,17 @@ async def extend(tree: Tree, handle: LocalHandle, *jobs: tuple[int, int, int]) -
 
 
 async def grow(
-    engine: LocalEngine, tree: Tree, sampling: Sampling, *, cuts: int = 8, close: bool = True
+    engine: LocalEngine,
+    tree: Tree,
+    sampling: Sampling,
+    *,
+    stops: Iterable[int] = (),
+    most: int | None = None,
+    cuts: int = 8,
+    close: bool = True,
 ) -> LocalHandle:
     """Ragged levels of forks, then late forks: `cuts` continuations of leaves cut at arbitrary tokens."""
-    rng, handle = random.Random(len(tree.prompt)), await engine.open(tree, sampling, [])
+    rng, handle = random.Random(len(tree.prompt)), await engine.open(tree, sampling, list(stops), most)
     seeds = iter(range(1, 1000))
     level = [ROOT]
     for width in (3, 2, 2):
@@ -210,6 +222,57 @@ def test_a_path_that_this_engine_did_not_sample_is_prefilled_and_exact() -> None
 # ------------------------------------------------------------------------------------------------ work
 
 
+def key_values(plain: Any, prefix: list[int]) -> Tensor:
+    """[layers, 2, K, t, d] as transformers caches them when the prefix is computed alone."""
+    with torch.no_grad():
+        cache = plain(input_ids=torch.tensor([prefix]), use_cache=True).past_key_values
+    return torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
+
+
+@pytest.mark.parametrize("most", [1, 6, 14, 10_000])
+def test_a_packed_prefill_equals_one_of_each_prompt(most: int) -> None:
+    plain, passes = plain_model(), []
+    model = prepared()
+    model.model.embed_tokens.register_forward_hook(lambda _, ids, __: passes.append(ids[0].numel()))
+    with torch.no_grad():
+        found = list(kvcache.prefill(model, PROMPTS, most))
+    for prefix, kv in zip(PROMPTS, found, strict=True):
+        torch.testing.assert_close(kv, key_values(plain, prefix), atol=1e-6, rtol=1e-5)
+    assert passes == {1: [5, 1, 12, 2], 6: [6, 12, 2], 14: [6, 14], 10_000: [20]}[most]  # no padding
+
+
+@pytest.mark.parametrize("slots", [3, 7, 64])
+def test_steps_that_are_recorded_and_replayed_draw_the_same_trees(slots: int) -> None:
+    class Replaying(LocalEngine):
+        def _decoder(self) -> kvcache.Steps:
+            steps = super()._decoder()
+            steps.graphs = True
+            sizes.update(steps._recorded)
+            return steps
+
+    sizes: set[tuple[int, int]] = set()
+    trees = forest(Replaying(prepared(), LocalSettings(slots=slots)))
+    for a, b in zip(trees, forest(LocalEngine(prepared(), LocalSettings(slots=slots))), strict=True):
+        assert [n.tokens for n in a.nodes] == [n.tokens for n in b.nodes]
+        assert worst_error(plain_model(), a) < 1e-5
+    assert {rows for rows, _ in sizes} <= {1, 2, 4, 8, 16, 32, slots}
+    assert {keys for _, keys in sizes} <= {16, 32, 64, 128}
+
+
+def test_a_step_is_recorded_once_for_its_sizes_and_again_when_the_cache_has_grown() -> None:
+    model = prepared()
+    with torch.no_grad():
+        cache = kvcache.Cache(model, 64, 1024)
+        steps = kvcache.Steps(model, cache, kvcache.Decode, graphs=True)
+        recorded = []
+        for position, slots in ((0, 3), (1, 4), (2, 4)):
+            if position == 2:
+                cache.reserve(32, 512)
+            steps(torch.ones(slots, dtype=torch.long), torch.full((slots,), position), position + 1)
+            recorded.append(steps._recorded[4, 16])
+    assert recorded[0] is recorded[1] is not recorded[2]
+
+
 @pytest.mark.parametrize("slots", [2, 5, 64])
 def test_no_prefix_is_ever_recomputed(slots: int) -> None:
     engine = LocalEngine(prepared(), LocalSettings(slots=slots))
@@ -284,9 +347,155 @@ def test_closing_a_tree_frees_its_key_values_and_closing_the_last_one_frees_the_
         first.close()
         assert engine.cached_tokens == kept[1]
         second.close()
-        assert engine.cached_tokens == 0 and engine._cache is None
+        assert engine.cached_tokens == 0 and engine._steps is None
         with pytest.raises(RuntimeError, match="closed"):
             await first.generate(ROOT, 1, 0)
+
+    asyncio.run(run())
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+class Watched(LocalEngine):
+    """Remembers the most tokens of key-values that were there at once: those kept, and those that rows will leave."""
+
+    peak = 0
+
+    def _step(self) -> bool:
+        self.peak = max(self.peak, self.cached_tokens + sum(row.max_tokens for row in self._rows))
+        return super()._step()
+
+
+def with_room(tokens: int, slots: int, context: int = 64) -> LocalSettings:
+    """Settings that leave room for `tokens` beside the slots of the model of these tests."""
+    token_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, size of a head, float32
+    return LocalSettings(slots=slots, max_tokens=context, memory_gib=(tokens + slots * context) * token_bytes / 2**30)
+
+
+@settings(max_examples=8)
+@given(
+    prompts=st.lists(st.lists(st.integers(2, V - 1), min_size=1, max_size=20), min_size=1, max_size=5),
+    slots=st.integers(1, 9),
+    spare=st.integers(0, 500),
+    stops=st.sampled_from([(), (0, 1, 2, 3)]),
+    known=st.booleans(),
+)
+def test_a_tight_budget_is_kept_and_changes_no_tree(
+    prompts: list[list[int]], slots: int, spare: int, stops: tuple[int, ...], known: bool
+) -> None:
+    def run(engine: LocalEngine, most: list[int | None]) -> list[Tree]:
+        trees = [Tree(prompt, key=str(i)) for i, prompt in enumerate(prompts)]
+
+        async def all_of_them() -> None:
+            jobs = (grow(engine, tree, Sampling(), stops=stops, most=m) for tree, m in zip(trees, most, strict=True))
+            await asyncio.wait_for(asyncio.gather(*jobs), 100)  # trees that wait for each other wait for ever
+
+        asyncio.run(all_of_them())
+        return trees
+
+    free = run(LocalEngine(prepared()), [None] * len(prompts))
+    # Without stop ids what a tree holds is known exactly; with them it is bounded by what its segments might have had.
+    most = [len(t.prompt) + (21 * 9 + 8 * 9 if stops else t.unique_tokens) for t in free]
+    engine = Watched(prepared(), with_room(max(most) + spare, slots))
+    trees = run(engine, list(most) if known else [None] * len(most))
+    for a, b in zip(trees, free, strict=True):
+        assert a.children == b.children and [n.tokens for n in a.nodes] == [n.tokens for n in b.nodes]
+    assert 0 < engine.peak <= max(most) + spare
+    assert engine.stats.prefilled_tokens == sum(len(prompt) - 1 for prompt in prompts)
+    assert not engine.cached_tokens
+
+
+def test_trees_whose_most_fits_grow_side_by_side() -> None:
+    most = [len(tree.prompt) + tree.unique_tokens for tree in forest(LocalEngine(prepared()))]
+    steps = []
+    for tokens in (max(most), sum(most)):
+        engine = Watched(prepared(), with_room(tokens, 64))
+
+        async def run(engine: LocalEngine = engine) -> None:
+            trees = [Tree(prompt, key=str(i)) for i, prompt in enumerate(PROMPTS)]
+            await asyncio.gather(*(grow(engine, t, Sampling(), most=m) for t, m in zip(trees, most, strict=True)))
+
+        asyncio.run(run())
+        steps.append(engine.stats.steps)
+    assert steps[1] < steps[0]
+    free = LocalEngine(prepared())
+    forest(free)
+    assert steps[1] == free.stats.steps
+
+
+@pytest.mark.parametrize("mode", ["tree", "iid"])
+def test_a_sampler_says_how_much_its_trees_need(mode: str) -> None:
+    shape = SamplerSettings(mode=mode, width=4, segment_tokens=3, max_depth=2, branching=Uniform(first_divergence=2))
+    prompts = [(str(i), prompt) for i, prompt in enumerate(PROMPTS)]
+    most = [len(prompt) + 4 * 3 * 2 for prompt in PROMPTS]
+    engines = [LocalEngine(prepared(), with_room(tokens, 64)) for tokens in (max(most), sum(most))]
+    engines += [LocalEngine(prepared()), LocalEngine(prepared(), with_room(max(most) - 1, 64))]
+    one_by_one, all_at_once, free, too_small = engines
+    sampled = [Sampler(engine, shape, str, ()).sample(prompts, seed=1) for engine in engines[:3]]
+    for trees in sampled[1:]:
+        assert [[n.tokens for n in t.nodes] for t in trees] == [[n.tokens for n in t.nodes] for t in sampled[0]]
+    assert one_by_one.stats.steps > all_at_once.stats.steps == free.stats.steps
+    with pytest.raises(EngineError, match=rf"may come to {max(most)} tokens, and engine\.memory_gib=.*{max(most) - 1}"):
+        Sampler(too_small, shape, str, ()).sample(prompts, seed=1)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(0, 60), st.integers())
+def test_whoever_takes_what_it_may_leaves_room_for_every_older_tree(most: list[int], spare: int, seed: int) -> None:
+    rng = random.Random(seed)
+    budget = Budget(max(most) + spare)
+    trees = [Kept(Tree([1]), m) for m in most]
+    while trees:
+        slack = budget.slack(trees)
+        assert slack[trees[0]] == trees[0].most - sum(trees[0].held.values())  # the oldest never waits
+        tree = rng.choice(trees)
+        tree.held[len(tree.held)] = rng.randint(0, slack[tree])
+        assert sum(sum(t.held.values()) for t in trees) <= budget.tokens
+        if sum(tree.held.values()) == tree.most:
+            trees.remove(tree)
+
+
+def test_slack_by_hand() -> None:
+    trees = [Kept(Tree([1]), most) for most in (60, 50, 40)]
+    trees[0].held, trees[1].held = {1: 10}, {1: 12, 2: 8}
+    # The first may come to 60 while the others have 20: they share the remaining 20.
+    assert list(Budget(100).slack(trees).values()) == [50, 20, 20]
+    # The first leaves 40 then, of which 20 are taken; the second may come to 50.
+    assert list(Budget(90).slack(trees).values()) == [50, 10, 10]
+    trees[0].most = 15
+    assert list(Budget(60).slack(trees).values()) == [5, 25, 10]
+
+
+def test_what_can_never_fit_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.memory_gib=0\.001: 128 slots of 128 tokens alone take 0\.00391"):
+        LocalEngine(prepared(), LocalSettings(memory_gib=0.001))
+    engine = LocalEngine(prepared(), with_room(100, 2))
+
+    async def run() -> None:
+        with pytest.raises(EngineError, match=r"101 tokens, and engine\.memory_gib=.* has room for 100"):
+            await engine.open(Tree(PROMPTS[0]), Sampling(), [], 101)
+        handle = await engine.open(Tree(PROMPTS[0]), Sampling(), [], 30)
+        with pytest.raises(EngineError, match=r"room for the key-values of 30 tokens, and its requests come to 31"):
+            await handle.generate(ROOT, 27, 1)
+        assert len((await handle.generate(ROOT, 20, 3)).tokens) == 20
+        handle.close()
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_call_gives_its_memory_back() -> None:
+    engine = LocalEngine(prepared(), with_room(50, 2))
+
+    async def run() -> None:
+        handle = await engine.open(Tree(PROMPTS[0]), Sampling(), [], 50)
+        for seed in range(5):
+            call = asyncio.create_task(handle.generate(ROOT, 40, seed))
+            begin = engine.stats.steps
+            await until(lambda call=call, begin=begin: call.done() or engine.stats.steps >= begin + 5)
+            call.cancel()
+            await asyncio.wait([call])
+            assert call.cancelled()
+        handle.close()
 
     asyncio.run(run())
 
@@ -360,6 +569,18 @@ def test_filters_are_exact_on_a_large_vocabulary(spread: float) -> None:
                 assert math.isclose(kept[token], math.exp(logprob), rel_tol=1e-4)
 
 
+def test_a_nucleus_of_any_size_is_exact() -> None:
+    size = 2 * WIDER * NUCLEUS
+    spreads = torch.tensor([[3.0], [0.8], [0.05]])  # top-p keeps few tokens, more than are sorted at first, and most
+    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(0)) * spreads
+    expected = [filtered(row, Sampling(top_p=0.7)) for row in logits]
+    assert len(expected[0]) < NUCLEUS < len(expected[1]) < WIDER * NUCLEUS < len(expected[2])
+    draw = Draw.of([(Sampling(top_p=0.7), seed, 0) for seed in range(3)], size, torch.device("cpu"))
+    for _ in range(30):
+        for kept, token, logprob in zip(expected, *(x.tolist() for x in draw(logits)), strict=True):
+            assert math.isclose(kept[token], math.exp(logprob), rel_tol=1e-4)
+
+
 def test_trees_of_different_sampling_share_a_batch() -> None:
     engine, plain = LocalEngine(prepared()), plain_model()
     kinds = [Sampling(temperature=0), Sampling(), Sampling(temperature=0.5), Sampling(top_k=2)]
@@ -413,9 +634,11 @@ def test_inversion_equals_a_search_in_the_running_sum(size: int) -> None:
     p[:, size // 2] += 0.1
     u = torch.rand(500, dtype=torch.float64)
     sums = p.double().cumsum(-1)
-    assert torch.equal(invert(p, u), torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)[:, 0])
+    tokens, total = invert(p, u)
+    assert torch.allclose(total, sums[:, -1])
+    assert torch.equal(tokens, torch.searchsorted(sums, u[:, None] * sums[:, -1:], right=True)[:, 0])
     for edge in (0.0, 1 - 2.0**-53):  # the ends never leave the support
-        tokens = invert(p, torch.full((500,), edge, dtype=torch.float64))
+        tokens, _ = invert(p, torch.full((500,), edge, dtype=torch.float64))
         assert (p.gather(1, tokens[:, None]) > 0).all()
 
 

@@ -58,8 +58,17 @@ class Engine(Protocol):
     context: int
     """Most tokens of prompt and response together."""
 
-    async def open(self, tree: Tree, sampling: Sampling, stop_ids: Collection[int]) -> Handle:
-        """A handle for `tree`, which the caller goes on growing; waits while the engine has no room for it."""
+    tree_tokens: int
+    """Most tokens of a tree, prompt included, each counted once."""
+
+    async def open(
+        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+    ) -> Handle:
+        """A handle for `tree`, which the caller goes on growing; waits while the engine has no room for it.
+
+        `max_tokens`: most tokens that the tree will ever hold, prompt included (None: not known), so that an engine of
+        limited memory knows which trees it can grow side by side.
+        """
         ...
 
     def load_weights(self, version: int) -> None:

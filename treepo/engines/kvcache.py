@@ -1,17 +1,22 @@
-"""Key-values while decoding: rows of slots, and the two plans that fill and read them."""
+"""Key-values while decoding: rows of slots, and the plans that fill and read them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from treepo.attention import Causal
-from treepo.model import hidden
+from treepo.attention import Plan, plan_for
+from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
 FIRST = 128  # positions of the first allocation: short contexts are allocated once
+PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 
 
 class Cache:
@@ -22,9 +27,10 @@ class Cache:
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
         # One token through the model shows what it caches, whatever its configuration calls it.
-        probe = prefill(model, [[0]])
-        self._limits = slots, -(-length // ROUND) * ROUND
-        self._kv = probe.new_zeros((*probe.shape[:2], 0, probe.shape[3], 0, probe.shape[5]))
+        (probe,) = prefill(model, [[0]])  # [layers, 2, K, 1, d]
+        self.token_bytes = probe.nbytes
+        self.limits = slots, -(-length // ROUND) * ROUND
+        self._kv = probe.new_zeros((*probe.shape[:2], 0, probe.shape[2], 0, probe.shape[4]))
 
     def reserve(self, slots: int, length: int) -> None:
         """Have room for `length` positions in each of `slots` slots, and keep what there is."""
@@ -33,8 +39,10 @@ class Cache:
         if slots <= have[0] and length <= have[1]:
             return
         wanted = slots, max(-(-length // ROUND) * ROUND, FIRST)
+        # Twice what there is, or all at once if the next step would need nearly that.
         n, t = (
-            have[i] if wanted[i] <= have[i] else min(max(wanted[i], 2 * have[i]), self._limits[i]) for i in range(2)
+            had if want <= had else limit if limit <= 2 * want else max(want, 2 * had)
+            for want, had, limit in zip(wanted, have, self.limits, strict=True)
         )
         self._kv = old.new_zeros((*old.shape[:2], n, old.shape[3], t, old.shape[5]))
         self._kv[:, :, : have[0], :, : have[1]] = old
@@ -81,24 +89,112 @@ class Decode:
         return out.reshape(n, 1, heads, v.shape[-1])
 
 
-class Prefill(Causal):
-    """Whole prefixes, one a row: causal attention that keeps the key-values it is shown."""
+class Steps:
+    """Logits [n, V] that follow one token in each of the first n slots of a cache.
 
-    def __init__(self) -> None:
-        self.kv: list[Tensor] = []  # per layer [2, B, K, T, d]
+    On CUDA a step of a small model waits for the launch of its kernels. So there `graphs` records them once for each
+    pair of sizes (rows and keys, both rounded up to a power of two) and replays them on tensors that stay in place.
+    Rows of padding, whatever is left in them, lie in slots that are not in use. A graph holds addresses: a cache that
+    has grown takes new ones.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, plan: type[Decode], *, graphs: bool) -> None:
+        self.cache = cache
+        self.graphs = graphs
+        self._model, self._plan = model, plan
+        self._recorded: dict[tuple[int, int], tuple[Tensor, Tensor, Callable[[], None], Tensor]] = {}
+        self._layers = cache.layers()
+        # One pool for all: logits are read before another graph runs.
+        self._pool = torch.cuda.graph_pool_handle() if graphs and model.device.type == "cuda" else None
+
+    def __call__(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """`ids` and `positions` [n] int64 of the tokens; `longest` is the largest position plus 1."""
+        n = len(ids)
+        if not self.graphs:
+            self.cache.reserve(n, longest)
+            return self._forward(ids, positions, longest)
+        rows, keys = min(_power_of_two(n), self.cache.limits[0]), _power_of_two(max(longest, ROUND))
+        self.cache.reserve(rows, longest)
+        if self._layers is not self.cache.layers():
+            self._recorded, self._layers = {}, self.cache.layers()
+        if (rows, keys) not in self._recorded:
+            self._recorded[rows, keys] = self._record(F.pad(ids, (0, rows - n)), F.pad(positions, (0, rows - n)), keys)
+        static_ids, static_positions, replay, out = self._recorded[rows, keys]
+        static_ids[:n], static_positions[:n] = ids, positions
+        replay()
+        return out[:n]
+
+    def _forward(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
+        plan = self._plan(self.cache, positions, longest)
+        return logits(self._model, hidden(self._model, ids[:, None], positions[:, None], plan)[:, 0])
+
+    def _record(self, ids: Tensor, positions: Tensor, keys: int) -> tuple[Tensor, Tensor, Callable[[], None], Tensor]:
+        """Tensors to fill, what then computes, and where the logits come out; without CUDA nothing is recorded."""
+        out = self._forward(ids, positions, keys)  # the step itself: done again it writes the same key-values
+        if not ids.is_cuda:
+
+            def again() -> None:
+                out.copy_(self._forward(ids, positions, keys))
+
+            return ids, positions, again, out
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose their workspaces at a first call on a side stream
+            self._forward(ids, positions, keys)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            out = self._forward(ids, positions, keys)
+        return ids, positions, graph.replay, out
+
+
+class Recorded:
+    """A plan that keeps the key-values it is shown."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.kv: list[Tensor] = []  # per layer [2, K, T, d]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        self.kv.append(torch.stack((k, v)))
-        return super().attend(layer, q, k, v, scale)
+        self.kv.append(torch.cat((k, v)))
+        return self._plan.attend(layer, q, k, v, scale)
 
 
-def prefill(model: PreTrainedModel, prefixes: list[list[int]]) -> Tensor:
-    """Key-values [layers, 2, B, K, T, d] of B prefixes of at most T tokens; past the end of a shorter one, rubbish.
+def prefill(model: PreTrainedModel, prefixes: Sequence[Sequence[int]], most: int = PREFILL_TOKENS) -> Iterator[Tensor]:
+    """Key-values [layers, 2, K, t, d] of each of `prefixes` of t tokens, from packed rows of up to `most` of them."""
+    begin = 0
+    while begin < len(prefixes):
+        end, tokens = begin + 1, len(prefixes[begin])
+        while end < len(prefixes) and tokens + len(prefixes[end]) <= most:
+            end, tokens = end + 1, tokens + len(prefixes[end])
+        yield from _packed_pass(model, prefixes[begin:end])
+        begin = end
 
-    Rows are padded on the right, where causal attention does not look.
-    """
-    longest = max(map(len, prefixes))
-    ids = torch.tensor([prefix + [0] * (longest - len(prefix)) for prefix in prefixes], device=model.device)  # [B, T]
-    plan = Prefill()
-    hidden(model, ids, torch.arange(longest, device=model.device).expand_as(ids), plan)
-    return torch.stack(plan.kv)
+
+def _packed_pass(model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    lengths = np.array([len(prefix) for prefix in prefixes])
+    ends = lengths.cumsum()
+    row = np.arange(ends[-1])
+    position = row - np.repeat(ends - lengths, lengths)
+    plan = Recorded(plan_for(np.where(position > 0, row - 1, -1), np.repeat(ends, lengths), device=model.device))
+    ids = torch.tensor([token for prefix in prefixes for token in prefix], device=model.device)
+    hidden(model, ids[None], torch.as_tensor(position, device=model.device)[None], plan)
+    return torch.split(torch.stack(plan.kv), lengths.tolist(), dim=3)
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients and no dropout inside; outside, the trainer finds its module as it left it."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -21,19 +21,18 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treepo import attention
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
 from treepo.engines.batch import Batch, Row
-from treepo.engines.kvcache import Cache, Decode, prefill
+from treepo.engines.kept import Block, Budget, Kept, Span
+from treepo.engines.kvcache import Cache, Decode, Steps, evaluating, prefill
 from treepo.errors import ConfigError, EngineError
 from treepo.settings import Settings
-from treepo.tree import ROOT, Tree
+from treepo.tree import Tree
 
-PREFILL_TOKENS = 8192  # of one pass, padding included
 # Turns of the event loop after a segment has ended: its caller wakes, a gather above it, and what that submits.
 TURNS = 6
 
@@ -46,6 +45,13 @@ class LocalSettings(Settings):
     max_tokens: int | None = Field(
         default=None, gt=1, description="Most tokens of prompt and response in a slot; default: the model's context."
     )
+    memory_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most GiB of key-values, of all slots and of the open trees; default: no limit. Trees that do not "
+        "fit wait for older ones.",
+    )
+    cuda_graphs: bool = Field(default=True, description="On CUDA, replay recorded steps; elsewhere without effect.")
 
 
 @dataclass(slots=True)
@@ -59,43 +65,24 @@ class Stats:
     continued_tokens: int = 0  # of prefixes that still lay in the slot where the parent had ended
 
 
-@dataclass(slots=True)
-class _Block:
-    """Key-values of one segment (or the prompt) of a tree."""
-
-    begin: int
-    kv: Tensor  # [layers, 2, K, t, d]: positions begin to begin + t
-
-    @property
-    def end(self) -> int:
-        return self.begin + self.kv.shape[3]
-
-
-@dataclass(slots=True)
-class _Span:
-    """Positions `begin` to `end` of a path, whose key-values are in the block of `seed` (None: the prompt's)."""
-
-    seed: int | None
-    begin: int
-    end: int
-
-
 @dataclass(slots=True, eq=False, kw_only=True)
 class _Request(Row):
     """One call of `generate`."""
 
     handle: LocalHandle
     node: int
-    spans: list[_Span]  # the key-values of its prefix, all but the last token's
+    spans: list[Span]  # the key-values of its prefix, all but the last token's
     future: asyncio.Future[Segment]
 
 
 class LocalHandle:
     """The engine's view of one tree: the key-values of its prompt and of every segment that has ended."""
 
-    def __init__(self, engine: LocalEngine, tree: Tree, sampling: Sampling, stop_ids: frozenset[int]) -> None:
+    def __init__(
+        self, engine: LocalEngine, tree: Tree, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int
+    ) -> None:
         self._engine, self.tree, self.sampling, self.stop_ids = engine, tree, sampling, stop_ids
-        self.blocks: dict[int | None, _Block] = {}
+        self.kept = Kept(tree, max_tokens)
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
         """Continue the prefix that ends with `node`; see `Handle`. `seed` must name no other segment of the tree."""
@@ -109,30 +96,14 @@ class LocalHandle:
         """Free the tree's key-values; requests under way are cancelled."""
         self._engine._close(self)
 
-    def spans(self, node: int) -> list[_Span]:
-        """Where the key-values of the path to `node` are, all but its last token's."""
-        spans: list[_Span] = []
-        for index in self.tree.path(node):
-            segment = self.tree.nodes[index]
-            seed = None if index == ROOT else segment.seed
-            begin, end = max(segment.start - 1, 0), segment.start + len(segment.tokens) - 1
-            if spans and spans[-1].seed == seed:
-                spans[-1].end = end  # halves of one segment
-            elif begin < end:
-                spans.append(_Span(seed, begin, end))
-        return spans
-
-    def missing(self, row: _Request) -> list[_Span]:
-        """The spans of `row` that no block covers: the prompt at first, and what another engine has sampled."""
-        return [s for s in row.spans if s.seed not in self.blocks or self.blocks[s.seed].end < s.end]
-
 
 class LocalEngine:
     """Decodes on `model`, a causal LM from `treepo.model`, without a copy of its weights.
 
     `open` never waits: of the open trees only those hold key-values whose segments have started, and deeper requests
     go first, so that trees finish before others begin. The cache grows with the rows and lengths in use, and is given
-    back when no tree is open.
+    back when no tree is open. Under `memory_gib` it has its full size at once, and what is left bounds what the trees
+    keep (`Budget`): requests wait in the queue, and draw the same tokens later.
     """
 
     granularity = 1
@@ -146,23 +117,30 @@ class LocalEngine:
         self.context = min(causal_lm.context(model), self._settings.max_tokens or 1 << 30)
         self.version = 0
         self.stats = Stats()
-        self._handles: list[LocalHandle] = []
+        self._budget = None if self._settings.memory_gib is None else self._room(self._settings.memory_gib)
+        self.tree_tokens = 1 << 60 if self._budget is None else self._budget.tokens
+        self._handles: list[LocalHandle] = []  # of the open trees, the oldest first
         self._live: dict[_Request, None] = {}  # every row with somebody waiting for it, in order of arrival
         self._queue: list[tuple[int, int, _Request]] = []  # a heap: the deepest first, then the first to arrive
         self._arrivals = 0
         self._rows: list[_Request] = []  # by slot; one that is done leaves its slot at the next `_admit`
-        self._changed = False  # some row is done
+        self._changed = False  # some row is done, or waits
         self._batch: Batch | None = None  # of `_rows`
-        self._cache: Cache | None = None
+        self._steps: Steps | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
     def cached_tokens(self) -> int:
         """Tokens whose key-values are kept for the open trees."""
-        return sum(block.kv.shape[3] for handle in self._handles for block in handle.blocks.values())
+        return sum(block.tokens for handle in self._handles for block in handle.kept.blocks.values())
 
-    async def open(self, tree: Tree, sampling: Sampling, stop_ids: Collection[int]) -> LocalHandle:
-        """A handle for `tree`; raises `EngineError` for a prompt that leaves no room for a token."""
+    async def open(
+        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+    ) -> LocalHandle:
+        """A handle for `tree`; raises `EngineError` for a tree that there can be no room for.
+
+        Under `memory_gib`, trees of unknown `max_tokens` are decoded one after the other.
+        """
         if len(tree.prompt) >= self.context:
             raise EngineError(
                 f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share "
@@ -171,7 +149,14 @@ class LocalEngine:
         vocabulary = self._model.config.vocab_size
         if unknown := [i for i in stop_ids if not 0 <= i < vocabulary]:
             raise ConfigError(f"stop ids {unknown} are outside of the model's vocabulary of {vocabulary}")
-        self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids)))
+        if max_tokens is not None and max_tokens > self.tree_tokens:
+            raise EngineError(
+                f"tree {tree.key!r} may come to {max_tokens} tokens, and engine.memory_gib="
+                f"{self._settings.memory_gib:g} has room for {self.tree_tokens} beside the slots: raise it, or lower "
+                "engine.slots, engine.max_tokens, the width or the response budget"
+            )
+        most = self.tree_tokens if max_tokens is None else max_tokens
+        self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids), most))
         return self._handles[-1]
 
     def load_weights(self, version: int) -> None:
@@ -179,6 +164,20 @@ class LocalEngine:
         if self._handles:
             raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
         self.version = version
+
+    def _room(self, memory_gib: float) -> Budget:
+        """What the trees may keep beside the slots."""
+        with torch.no_grad():
+            cache = self.cache(self._model, self._settings.slots, self.context)
+        slots, length = cache.limits
+        tokens = int(memory_gib * 2**30) // cache.token_bytes - slots * length
+        if tokens < 1:
+            raise ConfigError(
+                f"engine.memory_gib={memory_gib:g}: {slots} slots of {length} tokens alone take "
+                f"{slots * length * cache.token_bytes / 2**30:.3g}: raise it, or lower engine.slots or "
+                "engine.max_tokens"
+            )
+        return Budget(tokens)
 
     def _limit(self) -> str:
         own = self._settings.max_tokens is not None and self._settings.max_tokens <= causal_lm.context(self._model)
@@ -197,7 +196,7 @@ class LocalEngine:
                 f"tree {tree.key!r}: {prefix} tokens of prefix and max_tokens={max_tokens} exceed {self.context}: "
                 f"lower the response budget, or raise {self._limit()}"
             )
-        if seed in handle.blocks and any(other.seed == seed for other in tree.nodes[1:]):
+        if seed in handle.kept.blocks and any(other.seed == seed for other in tree.nodes[1:]):
             raise ValueError(f"tree {tree.key!r} has a segment of seed {seed} already")
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.get_loop() is not loop:
@@ -211,38 +210,55 @@ class LocalEngine:
             stop_ids=handle.stop_ids,
             handle=handle,
             node=node,
-            spans=handle.spans(node),
+            spans=handle.kept.spans(node),
             future=loop.create_future(),
         )
+        if self._budget is not None:
+            self._require_room(row)
         self._live[row] = None
         heapq.heappush(self._queue, (-end.depth, self._arrivals, row))
         self._arrivals += 1
-        if self._task is None:
-            self._task = loop.create_task(self._run())
-            self._task.add_done_callback(self._ended)
+        self._wake()
         return row
+
+    def _require_room(self, row: _Request) -> None:
+        kept = row.handle.kept
+        held = kept.held.copy()
+        for other in (*(other for other in self._live if other.handle is row.handle), row):
+            held.update(kept.wanted(other.spans, other.seed, other.max_tokens))
+        if (wanted := sum(held.values())) > kept.most:
+            raise EngineError(
+                f"tree {row.handle.tree.key!r} has room for the key-values of {kept.most} tokens, and its requests "
+                f"come to {wanted}: open it with more max_tokens, or raise engine.memory_gib"
+            )
+
+    def _wake(self) -> None:
+        self._changed = True
+        if self._task is None and self._live:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task.add_done_callback(self._ended)
 
     def _leave(self, row: _Request) -> None:
         self._live.pop(row, None)
-        if row.future.cancelled():
-            self._changed = True
+        row.handle.kept.settle(row.seed)
+        self._changed = True
 
     def _close(self, handle: LocalHandle) -> None:
         if handle not in self._handles:
             return
         self._handles.remove(handle)
-        handle.blocks.clear()
+        handle.kept.blocks.clear()
         for row in self._live:
             if row.handle is handle:
                 row.future.cancel()
-        self._changed = True
         if not self._handles:
-            self._rows, self._queue, self._batch, self._cache = [], [], None, None
+            self._rows, self._queue, self._batch, self._steps = [], [], None, None
+        self._wake()
 
     def _abandon(self) -> None:
         """Forget every request, but no tree."""
         self._live, self._queue, self._rows = {}, [], []
-        self._batch, self._cache, self._task = None, None, None
+        self._batch, self._steps, self._task = None, None, None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Whatever ended the decoding task reaches everyone who waits for it."""
@@ -258,34 +274,32 @@ class LocalEngine:
                 future.set_exception(error)
 
     async def _run(self) -> None:
-        """Decode until no request is left."""
+        """Decode until no request is left, or each waits for memory that the owner of a tree holds."""
         turns = TURNS
         modules = list(self._model.modules())
-        while self._rows or self._queue:
+        while True:
             for _ in range(turns):
                 await asyncio.sleep(0)
-            with _evaluating(modules), _out_of_memory(self._settings):
+            with evaluating(modules), _out_of_memory(self._settings):
                 self._admit()
-                turns = TURNS if self._rows and self._step() else 1
+                if not self._rows:
+                    break
+                turns = TURNS if self._step() else 1
         self._task = None
 
     def _admit(self) -> None:
         """Free the slots of rows that are done, give them to waiting rows, and close the gaps."""
-        slots = self._settings.slots
-        if not self._changed and not (self._queue and len(self._rows) < slots):
+        if not self._changed:
+            return
+        self._changed = False
+        free = [slot for slot, row in enumerate(self._rows) if row.future.done()]
+        joining = self._joining(self._settings.slots - len(self._rows) + len(free))
+        if not free and not joining:
             return
         self._flush()
-        free = [slot for slot, row in enumerate(self._rows) if row.future.done()]
-        room = slots - len(self._rows) + len(free)
-        joining: list[_Request] = []
-        while self._queue and len(joining) < room:
-            row = heapq.heappop(self._queue)[-1]
-            if not row.future.done():  # cancelled
-                joining.append(row)
         self._prefill(joining)
-        cache = self._reserve(
-            len(self._rows) - len(free) + len(joining), max((row.prefix for row in joining), default=0)
-        )
+        cache = self._decoder().cache
+        cache.reserve(len(self._rows) - len(free) + len(joining), max((row.prefix for row in joining), default=0))
 
         # A child of the segment that has just ended in a slot goes on there.
         ended = {(row.handle, row.seed): slot for slot in free if not (row := self._rows[slot]).future.cancelled()}
@@ -303,50 +317,71 @@ class LocalEngine:
             slot = free.pop(0) if free else len(self._rows)
             self._rows[slot : slot + 1] = [row]
             for span in row.spans:
-                block = row.handle.blocks[span.seed]
-                cache.write(slot, span.begin, block.kv[:, :, :, span.begin - block.begin : span.end - block.begin])
+                cache.write(slot, span.begin, row.handle.kept.blocks[span.seed].read(span))
             self.stats.copied_tokens += row.prefix - 1
         for slot in reversed(free):  # the highest first: the row that fills a gap is never done itself
             last = self._rows.pop()
             if slot < len(self._rows):
                 cache.move(len(self._rows), slot, last.prefix + len(last.tokens))
                 self._rows[slot] = last
-        self._batch, self._changed = None, False
+        self._batch = None
 
-    def _reserve(self, slots: int, length: int) -> Cache:
-        if self._cache is None:
-            self._cache = self.cache(self._model, self._settings.slots, self.context)
-        self._cache.reserve(slots, length)
-        return self._cache
+    def _joining(self, room: int) -> list[_Request]:
+        """Waiting rows for `room` slots, the deepest first, as far as their trees may keep them."""
+        joining: list[_Request] = []
+        waiting = []
+        trees = [handle.kept for handle in self._handles]
+        slack = self._budget.slack(trees) if self._budget is not None else {}
+        while self._queue and len(joining) < room:
+            entry = heapq.heappop(self._queue)
+            row = entry[-1]
+            if row.future.done():  # cancelled
+                continue
+            if self._budget is not None:
+                wanted = row.handle.kept.wanted(row.spans, row.seed, row.max_tokens)
+                if sum(wanted.values()) > slack[row.handle.kept]:
+                    waiting.append(entry)
+                    continue
+                row.handle.kept.held.update(wanted)
+                slack = self._budget.slack(trees)
+            joining.append(row)
+        for entry in waiting:
+            heapq.heappush(self._queue, entry)
+        return joining
+
+    def _decoder(self) -> Steps:
+        if self._steps is None:
+            cache = self.cache(self._model, self._settings.slots, self.context)
+            if self._budget is not None:
+                cache.reserve(*cache.limits)
+            graphs = self._settings.cuda_graphs and self._model.device.type == "cuda"
+            self._steps = Steps(self._model, cache, self.plan, graphs=graphs)
+        return self._steps
 
     def _prefill(self, rows: Sequence[_Request]) -> None:
-        """Compute the key-values that the trees of `rows` lack, each once, longest prefixes first."""
-        lacking = {(row.handle, row.spans[-1].seed, row.prefix): row for row in rows if row.handle.missing(row)}
-        todo = sorted(lacking.values(), key=lambda row: -row.prefix)
-        while todo:
-            group = todo[: max(1, PREFILL_TOKENS // todo[0].prefix)]
-            del todo[: len(group)]
-            kv = prefill(self._model, [row.handle.tree.tokens(row.node)[:-1] for row in group])
-            for i, row in enumerate(group):
-                for span in row.handle.missing(row):
-                    row.handle.blocks[span.seed] = _Block(span.begin, kv[:, :, i, :, span.begin : span.end].clone())
-                self.stats.prefilled_tokens += row.prefix - 1
+        """Compute the key-values that the trees of `rows` lack, each once."""
+        lacking = {
+            (row.handle, row.spans[-1].seed, row.prefix): row for row in rows if row.handle.kept.missing(row.spans)
+        }
+        prefixes = [row.handle.tree.tokens(row.node)[:-1] for row in lacking.values()]
+        for row, kv in zip(lacking.values(), prefill(self._model, prefixes), strict=True):
+            for span in row.handle.kept.missing(row.spans):
+                row.handle.kept.blocks[span.seed] = Block(span.begin, kv[:, :, :, span.begin : span.end].clone())
+            self.stats.prefilled_tokens += row.prefix - 1
 
     def _step(self) -> bool:
         """Decode one token in every row; whether some segment has ended."""
         if self._batch is None:
             self._batch = Batch.of(self._rows, self._model)
         batch = self._batch
-        cache = self._reserve(len(self._rows), batch.longest)
-        plan = self.plan(cache, batch.positions, batch.longest)
-        states = causal_lm.hidden(self._model, batch.ids[:, None], batch.positions[:, None], plan)  # [n, 1, hidden]
-        ended = batch.advance(causal_lm.logits(self._model, states[:, 0]))
+        steps = self._decoder()
+        ended = batch.advance(steps(batch.ids, batch.positions, batch.longest))
         self.stats.steps += 1
         self.stats.decoded_tokens += len(self._rows)
         if ended:
             self._flush()
         for slot in ended:
-            self._finish(slot, cache)
+            self._finish(slot, steps.cache)
         return bool(ended)
 
     def _finish(self, slot: int, cache: Cache) -> None:
@@ -359,7 +394,7 @@ class LocalEngine:
             row.future.set_exception(EngineError("the model's logits are not finite: did the last update diverge?"))
             return
         begin = row.prefix - 1
-        row.handle.blocks[row.seed] = _Block(begin, cache.read(slot, begin, begin + len(row.tokens)))
+        row.handle.kept.blocks[row.seed] = Block(begin, cache.read(slot, begin, begin + len(row.tokens)))
         row.future.set_result(Segment(row.tokens, row.logprobs, self.version))
 
     def _flush(self) -> None:
@@ -368,20 +403,6 @@ class LocalEngine:
             for row, tokens, logprobs in zip(self._rows, *self._batch.drawn(), strict=True):
                 row.tokens += tokens
                 row.logprobs += logprobs
-
-
-@contextmanager
-def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients and no dropout inside; outside, the trainer finds its module as it left it."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -394,5 +415,5 @@ def _out_of_memory(settings: LocalSettings) -> Iterator[None]:
             raise
         raise EngineError(
             f"out of memory while decoding {settings.slots} slots: lower engine.slots, engine.max_tokens or the "
-            f"response budget ({str(error).splitlines()[0]})"
+            f"response budget, or set engine.memory_gib ({str(error).splitlines()[0]})"
         ) from error

@@ -33,6 +33,7 @@ class ScriptedEngine:
     """
 
     granularity = 1
+    tree_tokens = 1 << 60
 
     def __init__(
         self, reply: Reply, *, context: int = 1 << 30, shuffle: int | None = None, failure_rate: float = 0.0
@@ -45,8 +46,10 @@ class ScriptedEngine:
         self._delays = None if shuffle is None else Random(shuffle)
         self._attempts: dict[int, int] = {}
 
-    async def open(self, tree: Tree, sampling: Sampling, stop_ids: Collection[int]) -> ScriptedHandle:
-        """`sampling` is the script's own business and ignored."""
+    async def open(
+        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+    ) -> ScriptedHandle:
+        """`sampling` is the script's own business and ignored, and nothing needs memory."""
         self.open_trees += 1
         return ScriptedHandle(self, tree, frozenset(stop_ids))
 
