@@ -1,19 +1,28 @@
 """The command line as a user meets it: own model and data, help, and bad input in one line each."""
 
+import io
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 from click.testing import Result
+from conftest import grow_random, rollout_of
+from rich.console import Console
 from small_runs import save_model, save_questions, small_config, write_config
+from test_scoring import gone
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import treepo
 from treepo.cli import app, main
 from treepo.config import load
+from treepo.report.console import Growing
 from treepo.trainer import Trainer
 from treepo.tree import read_rollouts
 
@@ -113,6 +122,68 @@ def test_a_run_folder_stands_for_its_configuration_and_newest_model(finished_run
     assert result.exit_code == 0 and "sampled pass@1" in result.output and "step-000001" in result.output
 
 
+def test_trees_are_shown_and_written_as_they_finish(finished_run: Path, tmp_path: Path) -> None:
+    for name in ("trees.jsonl", "trees.jsonl.gz"):
+        (tmp_path / name).write_text("of an earlier run")
+        result = run("sample", finished_run, "--problems", 3, "--out", tmp_path / name, "--draw", 0)
+        rows = [line.split("  ") for line in result.output.splitlines() if re.match(r"\d/3", line)]
+        assert [row[0] for row in rows] == ["1/3", "2/3", "3/3"]
+        rollouts = list(read_rollouts(tmp_path / name))
+        assert [row[1] for row in rows] == [f"problem {rollout.problem_id}" for rollout in rollouts]
+        assert sorted(rollout.problem_id for rollout in rollouts) == ["test-0", "test-1", "test-2"]
+        assert result.output.index("3/3") < result.output.index("3 trees")
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_on_a_terminal_rows_of_a_table_appear_above_a_bar(width: int) -> None:
+    shown = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
+    rollouts = [rollout_of(grow_random(seed), seed) for seed in (3, 1, 2)]
+    with Growing(shown, ["p1", "p2", "p3"]) as growing:
+        for rollout in rollouts:
+            growing.add(rollout)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.file.getvalue())
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert max(map(len, lines)) <= width
+    rows = [line for line in lines if re.match(r"p(roblem|\d) ", line)]
+    assert [row.split()[0] for row in rows] == ["problem", "p3", "p1", "p2"]
+    for rollout, row in zip(rollouts, rows[1:], strict=True):
+        tree = rollout.tree
+        assert row.split()[1] == str(len(tree.leaves())) and row.split()[3:5] == [
+            str(tree.unique_tokens),
+            str(tree.flat_tokens),
+        ]
+        assert row.index(f" {tree.flat_tokens} ") + len(str(tree.flat_tokens)) == rows[0].index("flat") + 3
+    rewards = [reward for rollout in rollouts for reward in rollout.rewards]
+    assert re.search(rf"sample .* 3/3 reward {sum(rewards) / len(rewards):.2f}  [\d,]+ tok/s", lines[-1])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_sampling_that_is_killed_keeps_what_was_finished_and_leaves_no_process(tmp_path: Path, how: int) -> None:
+    code = """
+        import os, time
+        from pathlib import Path
+
+        def reward(prompt, response, answer):
+            with Path("workers").open("a") as file:
+                file.write(f"{os.getpid()}\\n")
+            while prompt != "0+0=?":
+                time.sleep(1)
+            return len(response)
+    """
+    (tmp_path / "endless.py").write_text(textwrap.dedent(code))
+    out = tmp_path / "trees.jsonl.gz"
+    words = ["sample", DATASET, *own(tmp_path), "task.reward=endless:reward", "scoring.timeout_s=600"]
+    words += ["task.test_fraction=0", "--split", "train", "--problems", "3", "--out", str(out)]
+    command = [sys.executable, "-c", "import sys; sys.path.insert(0, ''); from treepo.cli import main; main()", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("1/3")
+        process.send_signal(how)
+    assert process.returncode != 0
+    (rollout,) = read_rollouts(out)
+    assert None not in rollout.rewards and len(rollout.rewards) == 4
+    assert all(gone(int(worker)) for worker in set((tmp_path / "workers").read_text().split()))
+
+
 def test_a_run_folder_can_be_moved(finished_run: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(finished_run, moved)
@@ -172,6 +243,17 @@ def test_bad_settings_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     assert "--split: train or test, not 'dev'" in fail(monkeypatch, capsys, "sample", path, "--split", "dev")
 
 
+def test_files_that_cannot_be_written_are_one_line(finished_run: Path, monkeypatch, capsys) -> None:
+    few = ("sample", finished_run, "--problems", 1)
+    error = fail(monkeypatch, capsys, *few, "--out", finished_run)
+    assert f"--out: cannot write {finished_run}: Is a directory" in error
+    error = fail(monkeypatch, capsys, *few, "--svg", finished_run / "absent" / "tree.svg")
+    assert "absent/tree.svg: No such file or directory" in error and "--svg: cannot write" in error
+    if Path("/dev/full").exists():
+        error = fail(monkeypatch, capsys, *few, "--out", "/dev/full")
+        assert "--out: cannot write /dev/full: No space left on device" in error
+
+
 def test_a_segment_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     error = fail(monkeypatch, capsys, "train", write_config(tmp_path), "sampler.segment_tokens=64", "warmup=null")
     assert "4 segments of 64 tokens" in error and "lower sampler.segment_tokens or sampler.max_depth" in error
@@ -208,6 +290,23 @@ def test_a_prompt_longer_than_the_context_names_its_problem(tmp_path: Path, monk
     rows.write_text("\n".join(long) + "\n")
     error = fail(monkeypatch, capsys, "train", DATASET, *given, *QUICK, f"task.path={rows}")
     assert re.search(r"problem rows\.jsonl:18: a prompt of \d+ tokens .* exceed the context of 32: drop", error)
+
+
+def test_a_tree_that_cannot_fit_the_memory_is_one_line_before_anything_takes_long(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """One layer, 2 heads of 16 numbers, keys and values in float32: 256 bytes a token; 2 slots of 32 tokens."""
+    small = [str(write_config(tmp_path)), "engine.slots=2", "evaluate.samples=8"]
+
+    def room(tokens: int) -> str:
+        return f"engine.memory_gib={(tokens + 2 * 32) * 256 / 2**30}"
+
+    error = fail(monkeypatch, capsys, "train", *small, room(8 * 20))
+    assert "a tree of 8 leaves of up to 20 tokens may come to 160, and there is room for 160 with the prompt" in error
+    error = fail(monkeypatch, capsys, "train", *small, room(200), "evaluate.samples=10", "trainer.eval_every=1")
+    assert "a tree of 10 leaves of up to 20 tokens may come to 200" in error and "evaluate.samples" in error
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert run("train", *small, room(200), "trainer.steps=1", "trainer.eval_every=1").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -32,12 +32,22 @@ ORDER = [
     "tasks.scoring",
     "tasks.worker",
     "packing",
+    "pieces",
+    "attention.plan",
+    "attention.chains",
+    "attention.cuts",
+    "attention.blocks",
+    "attention.flex",
+    "attention.varlen",
     "attention",
     "model",
+    "gradient",
     "warmup",
+    "processes",
     "engines",
     "engines.draw",
     "engines.batch",
+    "engines.kept",
     "engines.kvcache",
     "engines.local",
     "engines.scripted",
@@ -57,6 +67,7 @@ ORDER = [
     "assembly",
     "checkpoint",
     "folder",
+    "update",
     "trainer",
     "report",
     "report.console",
@@ -147,7 +158,8 @@ def test_what_is_public_has_a_docstring(name):
 
 def documented(file: Path, name: str) -> bool:
     nodes = ast.parse(file.read_text(encoding="utf-8")).body
-    (found,) = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == name]
+    definitions = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    (found,) = [n for n in nodes if isinstance(n, definitions) and n.name == name]
     return ast.get_docstring(found) is not None
 
 

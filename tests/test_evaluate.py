@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from small_runs import small_config
 
 from treepo.assembly import build_actor
+from treepo.engines import Sampling
 from treepo.evaluate import Estimate, evaluate, maj_at_k, pass_at_k
+from treepo.seeds import derive
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.data())
@@ -70,3 +72,27 @@ def test_an_evaluation_is_a_function_of_model_and_seed(tmp_path) -> None:
         assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
     assert first.pass_at_1.mean <= first.pass_at_k.mean
     assert set(first.to_json()) >= {"greedy", "pass_at_1", "pass_at_k", "maj_at_k", "problems", "samples"}
+
+
+@pytest.mark.parametrize("slots", [3, 128])
+def test_answering_all_at_once_measures_the_same_as_answering_greedily_first(tmp_path, slots: int) -> None:
+    shape = ["task.test_problems=6", "evaluate.problems=6", "evaluate.samples=5", f"engine.slots={slots}"]
+    config = small_config(tmp_path, "warmup.steps=80", *shape, "evaluate.sampling={temperature: 0.8, top_k: 9}")
+    actor = build_actor(config)
+    progress: list[tuple[int, int]] = []
+    found = evaluate(actor, config.sampler, config.evaluate, 1, lambda *done: progress.append(done))
+    assert progress == [(i + 1, 12) for i in range(12)]
+
+    seed = derive(1, "evaluate")
+    asked = [(f"test/{problem.id}", problem) for problem in actor.task.problems("test")[:6]]
+    iid = config.sampler.model_copy(update={"mode": "iid", "width": 5, "sampling": config.evaluate.sampling})
+    one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
+    greedy, sampled = actor.rollouts(asked, one, seed), actor.rollouts(asked, iid, seed)
+    right = np.array([[reward == 1.0 for reward in r.rewards] for r in sampled])
+    said = [[actor.task.final_answer(actor.decode(r.tree.response(n))) for n in r.tree.leaves()] for r in sampled]
+    assert found.greedy.mean == np.mean([r.rewards[0] for r in greedy])
+    assert found.pass_at_1.mean == right.mean(axis=1).mean()
+    assert found.pass_at_k.mean == pass_at_k(right, 5).mean()
+    assert found.maj_at_k.mean == maj_at_k(said, right, 5, seed).mean()
+    assert found.response_tokens == np.mean([r.tree.response_length(n) for r in sampled for n in r.tree.leaves()])
+    assert 0 < found.greedy.mean != found.pass_at_1.mean > 0, "the test wants a model that is right now and then"

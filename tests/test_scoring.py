@@ -1,3 +1,4 @@
+import asyncio
 import os
 import signal
 import subprocess
@@ -250,3 +251,41 @@ def test_bounds_must_be_positive():
     for fields in ({"timeout_s": 0}, {"workers": 0}, {"memory_gib": 0}):
         with pytest.raises(ValidationError):
             ScoringSettings(**fields)
+
+
+# In an event loop ----------------------------------------------------------------------------------------------------
+
+
+def test_what_nobody_waits_for_any_more_is_not_begun(here):
+    async def give_up(scorer):
+        waiting = asyncio.ensure_future(scorer.score_async([(PROBLEM, "sleep and tell")] * 3 + [(PROBLEM, "crash")]))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    with Scorer(TASK, BOUNDS.model_copy(update={"timeout_s": 10.0})) as scorer:
+        (before,) = ask(scorer, "which process")
+        asyncio.run(give_up(scorer))
+        assert ask(scorer, "which process") == [before], "the crash was never asked for"
+
+
+def test_after_an_error_of_the_task_the_other_leaves_are_given_up(here):
+    async def lose(scorer):
+        await scorer.score_async([(PROBLEM, response) for response in ("exit", "a", "b", "c", "d")])
+
+    with Scorer(TASK, BOUNDS) as scorer:
+        (here / "users_code.py").write_text("1 / 0")
+        with pytest.raises(TaskError, match="cannot import 'users_code'"):
+            asyncio.run(lose(scorer))
+        (here / "users_code.py").write_text(
+            "def reward(prompt, response, answer): return open(response, 'w').write('!')"
+        )
+        assert ask(scorer, "mended") == [Score(1.0)] and (here / "mended").exists()
+        assert not (here / "d").exists()
+
+
+def test_a_harmless_task_is_asked_without_giving_way_to_the_event_loop():
+    with Scorer(Scripted(), BOUNDS) as scorer, pytest.raises(StopIteration) as done:
+        scorer.score_async([(PROBLEM, "else"), (PROBLEM, "none")]).send(None)
+    assert done.value.value == [Score(0.5), Score(None, "reward is None, not a number")]

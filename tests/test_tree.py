@@ -1,5 +1,6 @@
 """The tree's invariants, and rollouts on disk."""
 
+import gzip
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treepo.errors import TaskError
-from treepo.tree import ROOT, Rollout, Stop, Tree, read_rollouts, write_rollouts
+from treepo.tree import ROOT, Rollout, Stop, Tree, append_rollout, read_rollouts, write_rollouts
 
 seeds = st.integers(0, 10_000)
 
@@ -108,6 +109,17 @@ def test_rollout_files_round_trip_and_equal_rollouts_make_equal_files(tmp_path, 
     write_rollouts(tmp_path / name, rollouts)
     assert (tmp_path / name).read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
+def test_rollouts_that_are_added_one_by_one_are_all_in_the_file_at_any_time(tmp_path, name: str) -> None:
+    rollouts = [rollout_of(grow_random(seed), seed, unscored=0.2) for seed in range(5)]
+    for count, rollout in enumerate(rollouts, 1):
+        append_rollout(tmp_path / name, rollout)
+        assert list(read_rollouts(tmp_path / name)) == rollouts[:count]
+    written = gzip.decompress if name.endswith(".gz") else bytes
+    write_rollouts(tmp_path / "whole.jsonl", rollouts)
+    assert written((tmp_path / name).read_bytes()) == (tmp_path / "whole.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(

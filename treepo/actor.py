@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,19 +13,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treepo import model as causal_lm
 from treepo.engines import Engine
 from treepo.errors import ConfigError, TaskError
-from treepo.sampler import Sampler, SamplerSettings
+from treepo.processes import Processes
+from treepo.sampler import Sampler, SamplerSettings, together
 from treepo.tasks import Problem, Task
 from treepo.tasks.scoring import Score, Scorer
 from treepo.tree import Rollout, Stop, Tree
 
 
 def require_room(engine: Engine, sampler: SamplerSettings) -> None:
-    """Raise `ConfigError` if no response of `sampler` can fit the engine's context."""
+    """Raise `ConfigError` if no response of `sampler` can fit the engine's context, or no tree its memory."""
     if sampler.response_tokens >= engine.context:
         raise ConfigError(
             f"sampler: {sampler.max_depth} segments of {sampler.segment_tokens} tokens make responses of "
             f"{sampler.response_tokens} tokens, but the context holds {engine.context} with the prompt: "
             "lower sampler.segment_tokens or sampler.max_depth"
+        )
+    if sampler.tree_tokens >= engine.tree_tokens:
+        raise ConfigError(
+            f"engine: a tree of {sampler.width} leaves of up to {sampler.response_tokens} tokens may come to "
+            f"{sampler.tree_tokens}, and there is room for {engine.tree_tokens} with the prompt: raise "
+            "engine.memory_gib, or lower engine.slots, the leaves (sampler.width, evaluate.samples) or the response "
+            "budget"
         )
 
 
@@ -37,7 +46,9 @@ class Actor:
     model: PreTrainedModel
     engine: Engine
     scorer: Scorer
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})  # spent so far
+    # Spent so far: until the last tree was complete, and then on waiting for the rewards that were still missing.
+    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})
+    processes: Processes = field(default_factory=Processes)
 
     def encode(self, problem: Problem, sampler: SamplerSettings) -> list[int]:
         """Prompt token ids; raises `TaskError` for a prompt that leaves no room for a response."""
@@ -59,46 +70,53 @@ class Actor:
     def rollouts(
         self,
         problems: Sequence[tuple[str, Problem]],
-        sampler: SamplerSettings,
+        sampler: SamplerSettings | Sequence[SamplerSettings],
         seed: int,
         *,
         progress: float = 0.0,
         on_progress: Callable[[int, int], None] | None = None,
+        on_rollout: Callable[[int, Rollout], None] | None = None,
     ) -> list[Rollout]:
-        """A scored tree for every (unique key, problem), in their order; `on_progress(trees done, of how many)`.
+        """A scored tree for every (unique key, problem), in their order; `sampler` is one for all or one for each.
 
+        The leaves of a tree are scored as soon as it is complete, while the others are still growing. As trees are
+        scored, in that order, `on_rollout(index, rollout)` and then `on_progress(trees done, of how many)` are called.
         A leaf that ended in an engine error has no reward; neither has one whose reward raised, hung or was no number.
         """
-        start = time.perf_counter()
-        prompts = [(key, self.encode(problem, sampler)) for key, problem in problems]
-        grower = Sampler(self.engine, sampler, self.decode, causal_lm.stop_ids(self.model, self.tokenizer))
+        start = sampled = time.perf_counter()
+        shapes = [sampler] * len(problems) if isinstance(sampler, SamplerSettings) else sampler
+        stop_ids = causal_lm.stop_ids(self.model, self.tokenizer)
         done = count(1)
-        trees = grower.sample(
-            prompts,
-            seed,
-            progress=progress,
-            on_tree=lambda *_: on_progress(next(done), len(prompts)) if on_progress else None,
-        )
-        sampled = time.perf_counter()
-        scored = self._score([problem for _, problem in problems], trees, grower.failures)
+
+        async def one(index: int, key: str, problem: Problem, shape: SamplerSettings, prompt: list[int]) -> Rollout:
+            nonlocal sampled
+            grower = Sampler(self.engine, shape, self.decode, stop_ids)
+            tree = await grower.grow(prompt, key, seed, progress)
+            sampled = time.perf_counter()
+            rollout = await self._score(problem, tree, grower.failures)
+            if on_rollout:
+                on_rollout(index, rollout)
+            if on_progress:
+                on_progress(next(done), len(problems))
+            return rollout
+
+        async def all_of_them() -> list[Rollout]:
+            return await together([one(i, *asked) for i, asked in self.processes.mine(list(enumerate(queries)))])
+
+        queries = [
+            (key, problem, shape, self.encode(problem, shape))
+            for (key, problem), shape in zip(problems, shapes, strict=True)
+        ]
+        rollouts = asyncio.run(all_of_them())
         self.seconds["sample"] += sampled - start
         self.seconds["score"] += time.perf_counter() - sampled
-        return scored
+        return self.processes.everyones(rollouts)
 
-    def _score(
-        self, problems: Sequence[Problem], trees: Sequence[Tree], failures: Mapping[tuple[str, int], str]
-    ) -> list[Rollout]:
-        asked = [
-            (t, leaf)
-            for t, tree in enumerate(trees)
-            for leaf in tree.leaves()
-            if tree.nodes[leaf].stop is not Stop.ERROR
-        ]
-        scores = self.scorer.score([(problems[t], self.decode(trees[t].response(leaf))) for t, leaf in asked])
+    async def _score(self, problem: Problem, tree: Tree, failures: Mapping[tuple[str, int], str]) -> Rollout:
+        leaves = tree.leaves()
+        asked = [leaf for leaf in leaves if tree.nodes[leaf].stop is not Stop.ERROR]
+        scores = await self.scorer.score_async([(problem, self.decode(tree.response(leaf))) for leaf in asked])
         known = dict(zip(asked, scores, strict=True))
-        rollouts = []
-        for t, (problem, tree) in enumerate(zip(problems, trees, strict=True)):
-            found = {leaf: known.get((t, leaf)) or Score(None, failures[tree.key, leaf]) for leaf in tree.leaves()}
-            reasons = {leaf: score.reason for leaf, score in found.items() if score.reason}
-            rollouts.append(Rollout(problem.id, tree, [score.reward for score in found.values()], reasons))
-        return rollouts
+        found = {leaf: known.get(leaf) or Score(None, failures[tree.key, leaf]) for leaf in leaves}
+        reasons = {leaf: score.reason for leaf, score in found.items() if score.reason}
+        return Rollout(problem.id, tree, [score.reward for score in found.values()], reasons)

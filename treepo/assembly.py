@@ -12,6 +12,7 @@ from treepo.actor import Actor, require_room
 from treepo.config import Config
 from treepo.engines.local import LocalEngine
 from treepo.errors import ConfigError
+from treepo.processes import Processes
 from treepo.seeds import derive
 from treepo.tasks import Teacher
 from treepo.tasks.scoring import Scorer
@@ -19,7 +20,10 @@ from treepo.warmup import warm_up
 
 
 def build_actor(
-    config: Config, weights: Path | None = None, on_warmup: Callable[[int, int, float], None] | None = None
+    config: Config,
+    weights: Path | None = None,
+    on_warmup: Callable[[int, int, float], None] | None = None,
+    processes: Processes | None = None,
 ) -> Actor:
     """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
 
@@ -42,9 +46,10 @@ def build_actor(
         model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
     engine = LocalEngine(model, config.engine)
     causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
-    require_room(engine, config.sampler)
+    for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
+        require_room(engine, shape)
     if source is None and config.warmup is not None and isinstance(task, Teacher):
         steps = config.warmup.steps
         progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
         warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
-    return Actor(task, tokenizer, model, engine, Scorer(task, config.scoring))
+    return Actor(task, tokenizer, model, engine, Scorer(task, config.scoring), processes=processes or Processes())

@@ -21,6 +21,7 @@ from treepo.errors import ConfigError, TreePOError
 if TYPE_CHECKING:  # a help page must not wait for torch
     from treepo.actor import Actor
     from treepo.config import Config
+    from treepo.tree import Rollout
 
 app = typer.Typer(
     help="Reinforcement learning on language models with trees of rollouts (TreePO, arXiv 2508.17445).",
@@ -85,11 +86,15 @@ def train(
     progress = Progressing(console, settings.trainer.steps)
     with progress, Trainer(settings, resume=resume, observer=progress) as trainer:
         begun = trainer.state.step
+        console.quiet = not trainer.processes.main
         if begun:
             console.print(f"resuming after step {begun} of {settings.trainer.steps}")
         _stop_gently(trainer.stop)
         trainer.run()
     state = trainer.state
+    done = state.step == settings.trainer.steps
+    if not trainer.processes.main:
+        raise typer.Exit(0 if done else 130)
     if progress.first and progress.last:
         before = "before" if begun == 0 else f"step {begun}"
         console.print(held_out_table([(before, progress.first), (f"step {state.step}", progress.last)]))
@@ -98,7 +103,7 @@ def train(
         highlight=False,
     )
     print_saved(console, model=trainer.folder.latest_checkpoint(), learning_curve=draw_curve(trainer.folder))
-    if state.step < settings.trainer.steps:
+    if not done:
         console.print(f"stopped early; go on with: treepo train {trainer.folder.path} --resume", soft_wrap=True)
         raise typer.Exit(130)
 
@@ -111,7 +116,9 @@ def sample(
     problems: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
     split: Annotated[str, typer.Option(help="train or test.")] = "test",
     draw: Annotated[int, typer.Option(min=0, help="How many of the trees to draw.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Also write the rollouts to this .jsonl or .jsonl.gz file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write each rollout, once it is finished, to this .jsonl or .jsonl.gz file.")
+    ] = None,
     svg: Annotated[Path | None, typer.Option(help="Also write what was drawn to this .svg file.")] = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -125,26 +132,34 @@ def sample(
         raise ConfigError(f"--split: train or test, not {split!r}")
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
-    from treepo.report.console import drawing, print_saved, rollout_table
-    from treepo.tree import write_rollouts
+    from treepo.report.console import Growing, drawing, print_saved, rollout_table
+    from treepo.tree import append_rollout
 
     with _actor(settings) as actor:
         chosen = actor.task.problems("train" if split == "train" else "test")[:problems]
         keyed = [(f"{split}/{problem.id}", problem) for problem in chosen]
-        with _bar("sampling") as report:
-            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_progress=report)
-        console.print(rollout_table(rollouts))
-        drawings = [drawing(rollout, actor.decode, max(20, console.width - 40)) for rollout in rollouts[:draw]]
-        console.print(*drawings, sep="\n\n")
-    try:
         if out is not None:
-            write_rollouts(out, rollouts)
-        if svg is not None:
-            picture = Console(record=True, width=console.width, file=io.StringIO())
-            picture.print(*drawings, sep="\n\n")
+            with _writing("--out", out):
+                out.write_bytes(b"")
+
+        def finished(_: int, rollout: Rollout) -> None:
+            if out is not None:
+                with _writing("--out", out):
+                    append_rollout(out, rollout)
+            growing.add(rollout)
+
+        with Growing(console, [problem.id for problem in chosen]) as growing:
+            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_rollout=finished)
+        if not console.is_terminal:
+            console.print(rollout_table(rollouts))
+        drawings = [drawing(rollout, actor.decode, max(20, console.width - 40)) for rollout in rollouts[:draw]]
+        for drawn in drawings:
+            console.print("", drawn, sep="\n")
+    if svg is not None:
+        picture = Console(record=True, width=console.width, file=io.StringIO())
+        picture.print(*drawings, sep="\n\n")
+        with _writing("--svg", svg):
             picture.save_svg(str(svg), title="treepo sample")
-    except OSError as error:
-        raise ConfigError(f"--out, --svg: cannot write {error.filename}: {error.strerror}") from error
     print_saved(console, rollouts=out, picture=svg)
 
 
@@ -254,6 +269,15 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """A file that cannot be written is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
 def _quiet() -> None:

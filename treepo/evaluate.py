@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from math import comb
 from typing import Any
 
@@ -30,6 +29,10 @@ class EvaluateSettings(Settings):
     samples: int = Field(16, ge=1, description="Independent responses per problem; also the k of pass@k and maj@k.")
     sampling: Sampling = Field(Sampling(), description="Distribution of the sampled responses.")
     correct_at: float = Field(1.0, description="A response is right if its reward is at least this.")
+
+    def shape(self, sampler: SamplerSettings) -> SamplerSettings:
+        """The independent responses that are asked of each problem, as long as those of `sampler`."""
+        return sampler.model_copy(update={"mode": "iid", "width": self.samples, "sampling": self.sampling})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,12 @@ def evaluate(
     if not problems:
         raise TaskError("task: no test problems to evaluate on")
     keyed = [(f"test/{problem.id}", problem) for problem in problems]
-    iid = sampler.model_copy(update={"mode": "iid", "width": settings.samples, "sampling": settings.sampling})
+    iid = settings.shape(sampler)
     one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
-
-    def report(before: int, done: int, trees: int) -> None:
-        if on_progress:
-            on_progress(before + done, 2 * trees)
-
-    greedy = actor.rollouts(keyed, one, seed, on_progress=partial(report, 0))
-    sampled = actor.rollouts(keyed, iid, seed, on_progress=partial(report, len(keyed)))
+    asked = [(f"greedy/{key}", problem) for key, problem in keyed] + keyed
+    shapes = [one] * len(keyed) + [iid] * len(keyed)
+    answered = actor.rollouts(asked, shapes, seed, on_progress=on_progress)
+    greedy, sampled = answered[: len(keyed)], answered[len(keyed) :]
     right = _right(sampled, settings.correct_at)
     lengths = [r.tree.response_length(leaf) for r in sampled for leaf in r.tree.leaves()]
     return Evaluation(

@@ -46,6 +46,11 @@ class SamplerSettings(Settings):
         return self.segment_tokens * self.max_depth
 
     @property
+    def tree_tokens(self) -> int:
+        """Most tokens of a tree below its prompt: each is on the path of some leaf."""
+        return self.width * self.response_tokens
+
+    @property
     def level_tokens(self) -> int:
         """Most tokens decoded on one level: independent responses have a single level that is as long as they are."""
         return self.response_tokens if self.mode == "iid" else self.segment_tokens
@@ -91,7 +96,7 @@ class Sampler:
             return tree
 
         async def all_trees() -> list[Tree]:
-            return await _together([one(i, key, prompt) for i, (key, prompt) in enumerate(prompts)])
+            return await together([one(i, key, prompt) for i, (key, prompt) in enumerate(prompts)])
 
         return asyncio.run(all_trees())
 
@@ -99,7 +104,7 @@ class Sampler:
         """One tree of exactly `width` leaves; a leaf whose requests failed again and again ends in `Stop.ERROR`."""
         settings = self.settings
         tree = Tree(prompt, key=key, seed=derive(seed, key))
-        handle = await self.engine.open(tree, settings.sampling, self.stop_ids)
+        handle = await self.engine.open(tree, settings.sampling, self.stop_ids, len(tree.prompt) + settings.tree_tokens)
         try:
             plan = {ROOT: settings.first(generator(seed, key, "first"))}  # node -> children to open
             finished: list[int] = []
@@ -125,7 +130,7 @@ class Sampler:
         """Decode a segment for every planned child; returns the new nodes, finished where they are."""
         places = [(node, len(tree.children[node]) + i) for node, children in plan.items() for i in range(children)]
         seeds = [self._seed(tree, node, ordinal) for node, ordinal in places]
-        replies = await _together(
+        replies = await together(
             [self._request(handle, tree, node, seed) for (node, _), seed in zip(places, seeds, strict=True)]
         )
         born = []
@@ -177,7 +182,7 @@ class Sampler:
         return derive(parent.seed, parent.start + len(parent.tokens), ordinal)
 
 
-async def _together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of `calls` in their order; if one raises, the others are cancelled and awaited first."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:

@@ -258,19 +258,23 @@ def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON object per line, gzip-compressed if `path` ends in `.gz`. The file appears whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with _open(part, "w", compressed=path.suffix == ".gz") as file:
-        for rollout in rollouts:
-            line = {
-                "problem_id": rollout.problem_id,
-                "rewards": rollout.rewards,
-                "reasons": {str(leaf): why for leaf, why in rollout.reasons.items()},
-                "tree": rollout.tree.to_json(),
-            }
-            file.write(json.dumps(line, allow_nan=False, separators=(",", ":")) + "\n")
+        file.writelines(map(_line, rollouts))
     part.replace(path)
 
 
+def append_rollout(path: Path, rollout: Rollout) -> None:
+    """Add a line to a file in the form of `write_rollouts`.
+
+    It is in the file, whole, when this returns: a process that is killed keeps what it has written. A compressed file
+    gets a gzip member per rollout, which makes it about a fifth larger.
+    """
+    line = _line(rollout).encode()
+    with path.open("ab") as file:
+        file.write(gzip.compress(line, mtime=0) if path.suffix == ".gz" else line)
+
+
 def read_rollouts(path: Path) -> Iterator[Rollout]:
-    """The rollouts of a file that `write_rollouts` wrote; raises `TaskError` naming file and line of a bad one."""
+    """The rollouts of a file written by one of these two; raises `TaskError` naming file and line of a bad one."""
     with _open(path, "r", compressed=path.suffix == ".gz") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -279,6 +283,16 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
                 yield Rollout(row["problem_id"], Tree.from_json(row["tree"]), row["rewards"], reasons)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise TaskError(f"{path}:{number}: not a rollout: {error}") from error
+
+
+def _line(rollout: Rollout) -> str:
+    value = {
+        "problem_id": rollout.problem_id,
+        "rewards": rollout.rewards,
+        "reasons": {str(leaf): why for leaf, why in rollout.reasons.items()},
+        "tree": rollout.tree.to_json(),
+    }
+    return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"
 
 
 @contextmanager

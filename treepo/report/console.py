@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.tree import Tree as Drawing
 
@@ -24,6 +33,16 @@ ROWS = (
     ("sampled pass@1", "pass_at_1"),
     ("pass@{k}", "pass_at_k"),
     ("maj@{k}", "maj_at_k"),
+)
+
+ROLLOUT_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("problem", "left"),
+    ("leaves", "right"),
+    ("reward", "right"),
+    ("generated", "right"),
+    ("flat", "right"),
+    ("sharing", "right"),
+    ("stops", "left"),
 )
 
 
@@ -68,6 +87,9 @@ class Progressing(Observer):
     def evaluating(self, step: int, trees_done: int, trees: int) -> None:
         self._show_part("evaluate", trees_done, trees, "trees")
 
+    def planned(self, attention: str) -> None:
+        self.console.print(f"attention of packed rows: {attention}, in the first one", highlight=False)
+
     def stepped(self, metrics: Metrics) -> None:
         reward = "-" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
         rate = metrics["tokens_flat"] / max(metrics["seconds"]["step"], 1e-9)
@@ -97,6 +119,67 @@ class Progressing(Observer):
         )
 
 
+class Growing:
+    """Shows trees as they are finished: rows of a table above a bar on a terminal, a line each elsewhere."""
+
+    def __init__(self, console: Console, problem_ids: Sequence[str]) -> None:
+        self.console, self.problems = console, len(problem_ids)
+        self._widest = max(map(len, problem_ids), default=0)  # characters
+        self._rewards: list[float] = []
+        self._trees = self._tokens = 0
+        self._start = time.perf_counter()
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("sample"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=self.problems, note="")
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._print_row([name for name, _ in ROLLOUT_COLUMNS], style="bold")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def add(self, rollout: Rollout) -> None:
+        """Show a tree that is finished and scored."""
+        self._trees += 1
+        self._tokens += rollout.tree.flat_tokens
+        self._rewards += [reward for reward in rollout.rewards if reward is not None]
+        rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
+        note = f"reward {_mean(self._rewards)}  {rate:,.0f} tok/s"
+        cells = _cells(rollout)
+        if self.console.is_terminal:
+            self._print_row(cells)
+            self._bar.update(self._task, completed=self._trees, note=note)
+        else:
+            named = [f"{name} {cell}" for (name, _), cell in zip(ROLLOUT_COLUMNS, cells, strict=True)]
+            self.console.print(
+                f"{self._trees}/{self.problems}  {'  '.join(named)}", soft_wrap=True, highlight=False, markup=False
+            )
+
+    def _print_row(self, cells: Sequence[str], style: str = "") -> None:
+        # Columns of fixed width, so that rows fit together that are printed one by one.
+        row = Table(box=None, show_header=False, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
+        row.add_column(width=max(self._widest, len("problem")), overflow="fold")
+        for name, _ in ROLLOUT_COLUMNS[1:-1]:
+            row.add_column(width=max(len(name), 7), justify="right")
+        row.add_column(ratio=1)
+        row.add_row(*map(escape, cells), style=style)
+        self.console.print(row)
+
+
 def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
     """Accuracies with 95 % intervals, one column per (title, evaluation)."""
     first = columns[0][1]
@@ -115,25 +198,30 @@ def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
 def rollout_table(rollouts: Sequence[Rollout]) -> Table:
     """What was sampled, a row per tree."""
     table = Table(title="1 tree" if len(rollouts) == 1 else f"{len(rollouts)} trees")
-    for name, justify in (
-        ("problem", "left"),
-        *((n, "right") for n in ("leaves", "reward", "generated", "flat", "sharing")),
-    ):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("stops")
-    for r in rollouts:
-        known = [reward for reward in r.rewards if reward is not None]
-        stops = Counter(str(r.tree.nodes[leaf].stop) for leaf in r.tree.leaves())
-        table.add_row(
-            escape(r.problem_id),
-            str(len(r.rewards)),
-            f"{sum(known) / len(known):.2f}" if known else "-",
-            str(r.tree.unique_tokens),
-            str(r.tree.flat_tokens),
-            f"{r.tree.flat_tokens / max(1, r.tree.unique_tokens):.2f}",
-            ", ".join(f"{name} {n}" for name, n in stops.most_common()),
-        )
+    for name, justify in ROLLOUT_COLUMNS:
+        table.add_column(name, justify=justify, overflow="fold")
+    for rollout in rollouts:
+        table.add_row(*map(escape, _cells(rollout)))
     return table
+
+
+def _cells(rollout: Rollout) -> list[str]:
+    """What `ROLLOUT_COLUMNS` say of a tree."""
+    tree = rollout.tree
+    stops = Counter(str(tree.nodes[leaf].stop) for leaf in tree.leaves())
+    return [
+        rollout.problem_id,
+        str(len(rollout.rewards)),
+        _mean([reward for reward in rollout.rewards if reward is not None]),
+        str(tree.unique_tokens),
+        str(tree.flat_tokens),
+        f"{tree.flat_tokens / max(1, tree.unique_tokens):.2f}",
+        ", ".join(f"{name} {n}" for name, n in stops.most_common()),
+    ]
+
+
+def _mean(rewards: Sequence[float]) -> str:
+    return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
 
 
 def drawing(rollout: Rollout, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:

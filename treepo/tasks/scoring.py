@@ -2,11 +2,12 @@
 
 A task whose reward is plain code of ours (`isolated` False) is asked in this process. Any other is asked in worker
 processes (`treepo.tasks.worker`) that speak JSON lines: one leaf at a time each, killed with all their children when
-the time is up, and started anew when they are lost.
+the time is up, and started anew when they are lost. A thread waits for each of them, so that an event loop goes on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -106,6 +107,20 @@ class Scorer:
         if self._pool is None:
             return [judge(self._task, problem, response) for problem, response in items]
         return list(self._pool.map(self._ask, items))
+
+    async def score_async(self, items: Sequence[tuple[Problem, str]]) -> list[Score]:
+        """As `score`, but while workers are busy the event loop goes on. Items are begun in the order of the calls.
+
+        A task that is asked in this process is asked at once. Cancelling the call gives up what no worker has begun.
+        """
+        if self._pool is None:
+            return self.score(items)
+        scores = [asyncio.wrap_future(self._pool.submit(self._ask, item)) for item in items]
+        try:
+            return await asyncio.gather(*scores)
+        finally:
+            for score in scores:
+                score.cancel()
 
     def _ask(self, item: tuple[Problem, str]) -> Score:
         worker = self._idle.get()
