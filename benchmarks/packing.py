@@ -2,23 +2,23 @@
 
 Both accumulate the gradient of the same loss from the same weights with the same chunked log-softmax. The baseline
 runs one row per leaf through the model's own sdpa attention, rows sorted by length, padded to the longest of their
-micro-batch, with the fastest of several micro-batch sizes; packed, each tree is a row. `speedup` is baseline / packed
-CPU time; `flat_over_unique` is what sharing could give at equal cost per token, `efficiency` their ratio.
-`memory_ratio` is packed / baseline peak of live tensor storage during the step (operator outputs and what autograd
-keeps; scratch space inside kernels is not seen), for the baseline at its fastest micro-batch and, in
-`memory_ratio_tree`, at as many rows as a tree has leaves.
+micro-batch, with the fastest of several micro-batch sizes. Packed, each tree is a row, which may keep the activations
+of as many tokens at once as that micro-batch does (`max_tokens`) and is computed in pieces if it has more: equal
+budgets. `speedup` is baseline / packed time; `flat_over_unique` is what sharing could give at equal cost per token,
+`efficiency` their ratio. `memory_ratio` is packed / baseline peak of live tensor storage during the step (operator
+outputs and what autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are
+those of a packed row that is not cut.
 
-    python -m benchmarks.packing [--quick] [--out FILE]
+    python -m benchmarks.packing [--quick] [--threads N] [--out FILE]
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import PreTrainedModel
 
 from benchmarks import report
-from treepo.attention import plan_for
-from treepo.forest import Forest
+from benchmarks.flat import VOCABULARY, FlatRows, new_model
+from treepo.forest import Forest, Ints
+from treepo.gradient import accumulate
 from treepo.loss import LossSettings, policy_loss
-from treepo.model import logprobs, prepare, token_logprobs
 from treepo.packing import PackedBatch, bins, fold, pack
+from treepo.pieces import most_held, pieces
 from treepo.tree import ROOT, Rollout, Stop, Tree
 
-VOCABULARY = 512
 MICRO_BATCHES = (1, 4, 16)
 COLUMNS = ("shape", "flat_over_unique", "speedup", "efficiency", "memory_ratio", "max_logprob_error", "max_grad_error")
 
@@ -44,49 +44,58 @@ COLUMNS = ("shape", "flat_over_unique", "speedup", "efficiency", "memory_ratio",
 def main() -> None:
     args = report.arguments(__doc__ or "")
     scale = 4 if args.quick else 1
-    model = _model(hidden=96, layers=2) if args.quick else _model(hidden=256, layers=4)
+    model = new_model(hidden=96, layers=2) if args.quick else new_model(hidden=256, layers=4)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")
     results = []
     for name, trees in _shapes(np.random.default_rng(0), scale).items():
-        results.append(_compare(name, trees, model, plain, (4, 16) if args.quick else MICRO_BATCHES))
+        micro_batches, repeats = ((4, 16), 1) if args.quick else (MICRO_BATCHES, 3)
+        results.append(_compare(name, trees, model, plain, micro_batches, repeats))
         print(f"{name}: {results[-1]['speedup']:.2f}x of {results[-1]['flat_over_unique']:.2f}x", file=sys.stderr)
     report.finish("packing", results, args, columns=COLUMNS)
 
 
 def _compare(
-    name: str, trees: Sequence[Tree], model: PreTrainedModel, plain: PreTrainedModel, micro_batches: Sequence[int]
+    name: str,
+    trees: Sequence[Tree],
+    model: PreTrainedModel,
+    plain: PreTrainedModel,
+    micro_batches: Sequence[int],
+    repeats: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     rollouts = [Rollout(str(t), tree, [0.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
     forest = Forest.of(rollouts)
     advantage = rng.standard_normal(forest.path.shape)
     folded, every = fold(forest, advantage), range(len(rollouts))
-    # One tree a row, as `bins` does under a small budget: on a CPU that is faster than one row of all, and leaner.
+    # One tree a row, as `bins` does under a small budget: on a CPU that is as fast as one row of all, and leaner.
     batches = [pack(rollouts, forest, folded, which) for which in bins(rollouts, forest, folded, every, max_tokens=1)]
-    flat = _FlatRows(rollouts, forest, advantage)
+    flat = FlatRows(rollouts, forest, advantage)
 
-    def packed_step() -> list[Tensor]:
+    def packed_step(max_tokens: int) -> list[Tensor]:
         model.zero_grad()
         found = []
         for batch in batches:
-            logprob = logprobs(model, batch)
-            arrays = (torch.as_tensor(x) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
-            loss, _ = policy_loss(LossSettings(), logprob, None, *arrays, flat.total)
-            loss.backward()
-            found.append(logprob.detach())
+            logprobs = torch.zeros(len(batch))
+            accumulate(model, batch, partial(_loss, batch, flat.total, logprobs), max_tokens=max_tokens)
+            found.append(logprobs)
         return found
 
-    micro = min((n for n in micro_batches if n <= len(flat)), key=lambda n: _cpu_seconds(lambda: flat.step(plain, n)))
-    seconds = report.alternate({"packed": packed_step, "flat": lambda: flat.step(plain, micro)}, 3)
-    packed_logprobs, flat_logprobs = packed_step(), flat.step(plain, micro)
+    micro = report.fastest([n for n in micro_batches if n <= len(flat)], lambda n: flat.step(plain, n))
+    budget = micro * max(len(ids) for ids, *_ in flat.rows)
+    whole = max(len(batch) for batch in batches)
+    steps = {
+        "packed": lambda: packed_step(budget),
+        "whole": lambda: packed_step(whole),
+        "flat": lambda: flat.step(plain, micro),
+    }
+    seconds = report.alternate(steps, repeats)
+    packed_logprobs, flat_logprobs = packed_step(budget), flat.step(plain, micro)
     speedup = seconds["flat"] / seconds["packed"]
     unique = sum(len(batch) for batch in batches)
     sharing = flat.tokens / unique
-    plan = Counter(str(plan_for(batch)) for batch in batches).most_common(1)[0][0]
-    packed_peak, flat_peak = _peak(packed_step), _peak(lambda: flat.step(plain, micro))
-    leaves = len(flat) // len(trees)
-    tree_peak = flat_peak if micro == leaves else _peak(lambda: flat.step(plain, leaves))
+    peak = {name: _peak(step) for name, step in steps.items()}
+    cut = [pieces(batch, budget) for batch in batches]
     return {
         "shape": name,
         "leaves": len(flat),
@@ -94,67 +103,27 @@ def _compare(
         "flat_over_unique": sharing,
         "speedup": speedup,
         "efficiency": speedup / sharing,
-        "memory_ratio": packed_peak / flat_peak,
-        "memory_ratio_tree": packed_peak / tree_peak,
+        "memory_ratio": peak["packed"] / peak["flat"],
         "max_logprob_error": _logprob_error(batches, packed_logprobs, flat_logprobs),
         "max_grad_error": _gradient_error(model, plain),
-        "plan": plan,
+        "whole_speedup": seconds["flat"] / seconds["whole"],
+        "whole_memory_ratio": peak["whole"] / peak["flat"],
         "micro_batch": micro,
-        "packed_cpu_s": seconds["packed"],
-        "flat_cpu_s": seconds["flat"],
+        "max_tokens": budget,
+        "most_held": max(map(most_held, cut)),
+        "pieces": sum(map(len, cut)),
+        "packed_s": seconds["packed"],
+        "flat_s": seconds["flat"],
+        "packed_peak_mb": peak["packed"] / 1e6,
+        "threads": torch.get_num_threads(),
     }
 
 
-def _cpu_seconds(step: Callable[[], object]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-class _FlatRows:
-    """One row per leaf, longest first: the trajectory as any other library would train on it."""
-
-    def __init__(self, rollouts: Sequence[Rollout], forest: Forest, advantage: np.ndarray) -> None:
-        self.rows = []  # (token ids of the path, prompt length, advantages of the response)
-        for row, (t, node) in enumerate(zip(forest.tree, forest.leaf, strict=True)):
-            tree = rollouts[t].tree
-            leaf = int(node - forest.first_node[t])
-            path = tree.path(leaf)
-            of_token = np.repeat(advantage[row, 1 : len(path)], [len(tree.nodes[n].tokens) for n in path[1:]])
-            self.rows.append((tree.tokens(leaf), len(tree.prompt), of_token.astype(np.float32)))
-        self.rows.sort(key=lambda row: -len(row[0]))
-        self.tokens = sum(len(ids) for ids, *_ in self.rows)
-        self.total = float(sum(len(adv) for _, _, adv in self.rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def step(self, model: PreTrainedModel, micro: int) -> list[tuple[list[int], Tensor]]:
-        """One accumulated gradient; returns the tokens of each row and the log-probs of its response."""
-        model.zero_grad()
-        found = []
-        for begin in range(0, len(self.rows), micro):
-            rows = self.rows[begin : begin + micro]
-            longest = len(rows[0][0])
-            ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-            for i, (tokens, *_) in enumerate(rows):
-                ids[i, : len(tokens)] = torch.as_tensor(tokens)
-            lengths = torch.tensor([len(tokens) for tokens, *_ in rows])
-            mask = torch.arange(longest)[None] < lengths[:, None]
-            # All rows of one length need no mask, and HF's sdpa is faster without one.
-            states = model.base_model(
-                input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False
-            ).last_hidden_state
-            prompts = torch.tensor([prompt for _, prompt, *_ in rows])
-            wanted = mask[:, 1:] & (torch.arange(1, longest)[None] >= prompts[:, None])
-            logprob = token_logprobs(model, states[:, :-1][wanted], ids[:, 1:][wanted])
-            advantage = torch.as_tensor(np.concatenate([adv for _, _, adv in rows]))
-            signs = (advantage.clamp(min=0), advantage.clamp(max=0), torch.ones_like(advantage))
-            loss, _ = policy_loss(LossSettings(), logprob, None, *signs, self.total)
-            loss.backward()
-            parts = logprob.detach().split([len(adv) for _, _, adv in rows])
-            found += [(tokens, part) for (tokens, *_), part in zip(rows, parts, strict=True)]
-        return found
+def _loss(batch: PackedBatch, total: float, found: Tensor, rows: Ints, logprob: Tensor, _: Tensor) -> Tensor:
+    """The policy loss of `rows`, whose log-probs are kept in `found` [T]."""
+    found[torch.as_tensor(rows)] = logprob.detach()
+    arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
+    return policy_loss(LossSettings(), logprob, None, *arrays, total)[0]
 
 
 def _logprob_error(
@@ -219,22 +188,6 @@ def _peak(step: Callable[[], object]) -> int:
     with _LiveStorage() as storage:
         step()
     return storage.peak
-
-
-def _model(hidden: int, layers: int) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-        intermediate_size=3 * hidden,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.08,  # large enough for attention to differ between tokens
-    )
-    return prepare(AutoModelForCausalLM.from_config(config))
 
 
 def _shapes(rng: np.random.Generator, scale: int) -> dict[str, list[Tree]]:

@@ -22,29 +22,51 @@ PACKAGES = ("treepo", "torch", "transformers", "numpy")
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """`quick: bool` and `out: Path | None` from the command line."""
+    """`quick: bool`, `out: Path | None` and `threads: int` from the command line; torch gets that many threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
-    return parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
+    args = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def clock() -> float:
+    """Seconds: CPU time where torch has one thread, so that other programs weigh little, else the wall clock."""
+    import torch
+
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time() if alone else time.perf_counter()
 
 
 def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median CPU seconds of this process for each function.
+    """Median seconds (`clock`) for each function.
 
-    The functions take turns within every repeat, so that a slow spell of the machine falls on all of them; CPU time
-    and not the wall clock, so that other programs weigh little. One uncounted round comes first. A function that
-    leaves work queued on an accelerator must wait for it itself.
+    The functions take turns within every repeat, so that a slow spell of the machine falls on all of them. One
+    uncounted round comes first. A function that leaves work queued on an accelerator must wait for it itself.
     """
     for function in functions.values():
         function()
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
-            start = time.process_time()
+            start = clock()
             function()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def fastest(sizes: Sequence[int], step: Callable[[int], object]) -> int:
+    """The size with the better of two runs."""
+    seconds = dict.fromkeys(sizes, float("inf"))
+    for size in (*sizes, *sizes):
+        start = clock()
+        step(size)
+        seconds[size] = min(seconds[size], clock() - start)
+    return min(sizes, key=seconds.__getitem__)
 
 
 def finish(

@@ -1,14 +1,22 @@
-"""Trajectories per CPU-second: trees on the embedded engine against i.i.d. sampling there and in transformers.
+"""Trajectories per second: trees on the embedded engine against i.i.d. sampling there and in transformers.
 
 Every shape ends with 16 leaves per prompt and the same response length (no stop ids), so that all yield the same
-number of trajectory tokens. The trees differ from i.i.d. only in how many tokens they have to decode for them.
+number of trajectory tokens. The trees differ from i.i.d. only in how many tokens they have to decode for them:
+`efficiency` is the speed-up over i.i.d. divided by that ratio. Everything decodes at most 128 rows at once; of
+`generate` one such batch is timed, since a larger job is more of the same. With one thread seconds are CPU time, with
+more of wall clock. What takes long is timed once (`repeats`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
+import statistics
+import sys
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +25,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import report
 from treepo import model as causal_lm
 from treepo.engines import Sampling
-from treepo.engines.local import LocalEngine, LocalSettings
+from treepo.engines.local import LocalEngine, LocalSettings, Stats
 from treepo.seeds import derive
 from treepo.tree import ROOT, Stop, Tree
 
 LEAVES = 16
+ROWS = 128  # decoded at once
+PROMPT = 32  # tokens
+HF = "hf generate, iid"
 VOCABULARY = 512
 # Children of every node, level by level; the segments have equal lengths.
 SHAPES = {
@@ -73,65 +84,113 @@ async def grow(engine: LocalEngine, prompt: Sequence[int], key: str, forks: Sequ
     return tree
 
 
+@dataclass(frozen=True)
+class Case:
+    """One comparison of all shapes."""
+
+    hidden: int
+    layers: int
+    prompts: int
+    response: int
+    threads: int
+    repeats: int
+
+
+QUICK = [Case(128, 4, 4, 64, threads=1, repeats=3)]
+CASES = [
+    Case(384, 5, 8, 512, threads=1, repeats=3),
+    Case(384, 5, 8, 512, threads=2, repeats=1),
+    Case(384, 5, 32, 512, threads=1, repeats=1),
+    Case(640, 8, 8, 512, threads=1, repeats=1),
+    Case(640, 8, 8, 512, threads=2, repeats=1),
+    Case(640, 8, 32, 512, threads=1, repeats=1),
+]
+COLUMNS = [
+    *("shape", "parameters", "prompts", "threads", "trajectory_tokens_per_s", "ratio_to_iid", "efficiency"),
+    *("ratio_to_hf_generate", "rows_per_step", "repeats"),
+]
+
+
 def main() -> None:
     args = report.arguments(__doc__ or "")
-    hidden, layers, prompts, response, repeats = (128, 4, 4, 64, 3) if args.quick else (384, 6, 8, 64, 3)
-    rng = torch.Generator().manual_seed(1)
-    prompt_ids = torch.randint(1, VOCABULARY, (prompts, 32), generator=rng)
-    plain = new_model(hidden, layers, hidden // 128, 32 + response)
-    engine = LocalEngine(causal_lm.prepare(copy.deepcopy(plain)), LocalSettings(slots=prompts * LEAVES))
+    results = []
+    for case in QUICK if args.quick else CASES:
+        for row in measure(case):
+            results.append(row)
+            print(", ".join(f"{key} {row[key]}" for key in COLUMNS), file=sys.stderr, flush=True)
+    report.finish("sampling", results, args, columns=COLUMNS)
 
-    def hf_generate() -> None:
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """The results of `case`, one for each shape and for `generate`."""
+    torch.set_num_threads(case.threads)
+    rng = torch.Generator().manual_seed(1)
+    prompt_ids = torch.randint(1, VOCABULARY, (case.prompts, PROMPT), generator=rng)
+    plain = new_model(case.hidden, case.layers, case.hidden // 128, PROMPT + case.response)
+    engine = LocalEngine(causal_lm.prepare(copy.deepcopy(plain)), LocalSettings(slots=min(ROWS, case.prompts * LEAVES)))
+    stats = {}
+
+    def hf_generate(response: int) -> int:
+        batch = prompt_ids[: ROWS // LEAVES]
         rows = plain.generate(
-            prompt_ids,
-            attention_mask=torch.ones_like(prompt_ids),
+            batch,
+            attention_mask=torch.ones_like(batch),
             do_sample=True,
             top_k=0,
             max_new_tokens=response,
             num_return_sequences=LEAVES,
             use_cache=True,
         )
-        if rows.shape != (prompts * LEAVES, 32 + response):
+        if rows.shape != (len(batch) * LEAVES, PROMPT + response):
             raise RuntimeError(f"generate answered with {tuple(rows.shape)}")
+        return len(rows) * response
 
-    def trees(forks: Sequence[int]) -> Callable[[], None]:
+    def trees(name: str, response: int) -> int:
         async def forest() -> list[Tree]:
-            jobs = (grow(engine, ids, str(i), forks, response) for i, ids in enumerate(prompt_ids.tolist()))
+            jobs = (grow(engine, ids, str(i), SHAPES[name], response) for i, ids in enumerate(prompt_ids.tolist()))
             return await asyncio.gather(*jobs)
 
-        def run() -> None:
-            grown = asyncio.run(forest())
-            if sum(tree.flat_tokens for tree in grown) != prompts * LEAVES * response:
-                raise RuntimeError("the trees do not have the trajectories that were asked for")
+        engine.stats = Stats()
+        tokens = sum(tree.flat_tokens for tree in asyncio.run(forest()))
+        if tokens != case.prompts * LEAVES * response:
+            raise RuntimeError("the trees do not have the trajectories that were asked for")
+        stats[name] = engine.stats
+        return tokens
 
-        return run
-
-    functions = {"hf generate, iid": hf_generate, **{name: trees(forks) for name, forks in SHAPES.items()}}
-    seconds = report.alternate(functions, repeats)
-    trajectory_tokens = prompts * LEAVES * response
-    decoded = {name: prompts * decoded_tokens(forks, response) for name, forks in SHAPES.items()}
-    results = [
+    functions = {HF: hf_generate, **{name: partial(trees, name) for name in SHAPES}}
+    speed = alternate(functions, case)
+    decoded = {name: found.decoded_tokens for name, found in stats.items()}
+    return [
         {
             "shape": name,
-            "trajectory_tokens_per_s": trajectory_tokens / seconds[name],
-            "ratio_to_iid": seconds["iid"] / seconds[name],
-            "ratio_to_hf_generate": seconds["hf generate, iid"] / seconds[name],
-            "trajectory_tokens": trajectory_tokens,
-            "decoded_tokens": decoded.get(name, trajectory_tokens),
             "parameters": plain.num_parameters(),
+            "prompts": min(case.prompts, ROWS // LEAVES) if name == HF else case.prompts,
+            "threads": case.threads,
+            "trajectory_tokens_per_s": speed[name],
+            "ratio_to_iid": speed[name] / speed["iid"],
+            "efficiency": speed[name] / speed["iid"] * decoded[name] / decoded["iid"] if name in decoded else None,
+            "ratio_to_hf_generate": speed[name] / speed[HF],
+            "rows_per_step": decoded[name] / stats[name].steps if name in stats else None,
+            "decoded_tokens": decoded.get(name),
+            "response_tokens": case.response,
+            "repeats": case.repeats,
         }
         for name in functions
     ]
-    report.finish("sampling", results, args, columns=list(results[0])[:6])
 
 
-def decoded_tokens(forks: Sequence[int], response: int) -> int:
-    """Tokens that one tree of these forks decodes."""
-    width, total = 1, 0
-    for children in forks:
-        width *= children
-        total += width * (response // len(forks))
-    return total
+def alternate(functions: dict[str, Callable[[int], int]], case: Case) -> dict[str, float]:
+    """Median trajectory tokens per second of each function of the response length, which take turns."""
+    clock = time.process_time if case.threads == 1 else time.perf_counter
+    speed: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function(16)  # uncounted
+    for _ in range(case.repeats):
+        for name, function in functions.items():
+            start = clock()
+            tokens = function(case.response)
+            speed[name].append(tokens / (clock() - start))
+    return {name: statistics.median(found) for name, found in speed.items()}
 
 
 if __name__ == "__main__":

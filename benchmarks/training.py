@@ -1,0 +1,217 @@
+"""One whole training step: TreePO on packed trees against GRPO on independent responses and padded rows.
+
+Both sample the same number of leaves of the same length with the same model on the embedded engine, reward them,
+compute advantages, accumulate the gradient and take an AdamW step. GRPO's update takes the padded rows in the fastest
+of several micro-batch sizes; the packed one may hold as many tokens at once. `speedup` is GRPO / TreePO time of the
+whole step, `sampling_speedup` and `update_speedup` those of its two large parts, and `_share` fields say what part of
+TreePO's step each took. `decoded_ratio` and `flat_over_unique` are what sharing could give in each at equal cost per
+token.
+
+    python -m benchmarks.training [--quick] [--threads N] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import report
+from benchmarks.flat import VOCABULARY, FlatRows, new_model
+from treepo.advantages import GRPO, TreePO, advantages
+from treepo.engines.local import LocalEngine, LocalSettings
+from treepo.forest import Forest, Ints
+from treepo.gradient import accumulate
+from treepo.loss import LossSettings, policy_loss
+from treepo.packing import PackedBatch, bins, fold, pack
+from treepo.policies.branching import Uniform
+from treepo.sampler import Sampler, SamplerSettings
+from treepo.tree import Rollout, Tree
+
+LEAVES = 16
+LEVELS = 8
+COLUMNS = (
+    "shape",
+    "speedup",
+    "sampling_speedup",
+    "decoded_ratio",
+    "update_speedup",
+    "flat_over_unique",
+    "sample_share",
+)
+
+
+class LateForks(Uniform):
+    """One path until level `fork`, then two children each: what problems with a long common beginning allow."""
+
+    fork: int = 4
+
+    def first(self, width: int, rng: Random) -> int:
+        return 1
+
+    def __call__(
+        self, tree: Tree, active: Sequence[int], finished_now: int, remaining: int, rng: Random, progress: float
+    ) -> list[int]:
+        return [1 if tree.nodes[active[0]].depth < self.fork else 2] * len(active)
+
+
+def main() -> None:
+    args = report.arguments(__doc__ or "")
+    hidden, layers, prompts, segment, repeats = (96, 2, 2, 8, 1) if args.quick else (256, 4, 8, 64, 3)
+    model = new_model(hidden, layers)
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, VOCABULARY, 4 * segment if args.quick else 64).tolist() for _ in range(prompts)]
+    shape = SamplerSettings(width=LEAVES, segment_tokens=segment, max_depth=LEVELS)
+    shapes = {
+        "late forks": shape.model_copy(update={"branching": LateForks()}),
+        "early forks": shape.model_copy(update={"branching": Uniform(first_divergence=2)}),
+    }
+    longest = len(ids[0]) + shape.response_tokens
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("sdpa")
+    micro = _fastest_micro_batch(plain, _sample(model, shape.model_copy(update={"mode": "iid"}), ids))
+    arms: dict[str, Callable[[], dict[str, float]]] = {
+        "grpo": partial(_grpo_step, model, plain, shape.model_copy(update={"mode": "iid"}), ids, micro),
+        **{name: partial(_tree_step, model, s, ids, micro * longest) for name, s in shapes.items()},
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for repeat in range(repeats + 1):  # the first round is not counted
+        for name, arm in arms.items():
+            found = arm()
+            if repeat:
+                runs[name].append(found)
+            print(f"{name}: {found['seconds']:.1f} s", file=sys.stderr)
+    median = {
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+    }
+    report.finish(
+        "training",
+        [
+            _row(name, median["grpo"], median[name])
+            | {
+                "micro_batch": micro,
+                "max_tokens": micro * longest,
+                "threads": args.threads,
+                "parameters": model.num_parameters(),
+                "leaves": LEAVES * prompts,
+                "response_tokens": shape.response_tokens,
+            }
+            for name in shapes
+        ],
+        args,
+        COLUMNS,
+    )
+
+
+def _row(name: str, grpo: dict[str, float], tree: dict[str, float]) -> dict[str, Any]:
+    if grpo["flat"] != tree["flat"]:
+        raise RuntimeError(f"{name} has {tree['flat']} trajectory tokens, and GRPO {grpo['flat']}")
+    rest = tree["seconds"] - tree["sample"] - tree["update"]
+    return {
+        "shape": name,
+        "speedup": grpo["seconds"] / tree["seconds"],
+        "sampling_speedup": grpo["sample"] / tree["sample"],
+        "decoded_ratio": grpo["decoded"] / tree["decoded"],
+        "update_speedup": grpo["update"] / tree["update"],
+        "flat_over_unique": tree["with_prompts"] / tree["unique"],
+        "sample_share": tree["sample"] / tree["seconds"],
+        "update_share": tree["update"] / tree["seconds"],
+        "rest_share": rest / tree["seconds"],  # rewards, advantages, packing
+        "treepo_s": tree["seconds"],
+        "grpo_s": grpo["seconds"],
+    }
+
+
+def _sample(model: PreTrainedModel, settings: SamplerSettings, prompts: Sequence[list[int]]) -> list[Rollout]:
+    engine = LocalEngine(model, LocalSettings(slots=len(prompts) * LEAVES))
+    sampler = Sampler(engine, settings, str, ())  # nothing stops a response early
+    trees = sampler.sample([(str(i), prompt) for i, prompt in enumerate(prompts)], seed=0)
+    return [Rollout(tree.key, tree, [_reward(tree, leaf) for leaf in tree.leaves()]) for tree in trees]
+
+
+def _reward(tree: Tree, leaf: int) -> float:
+    return float(sum(tree.response(leaf)) % 2)
+
+
+def _tree_step(
+    model: PreTrainedModel, settings: SamplerSettings, prompts: Sequence[list[int]], max_tokens: int
+) -> dict[str, float]:
+    clock = _Clock()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+    rollouts = _sample(model, settings, prompts)
+    clock.lap("sample")
+    forest = Forest.of(rollouts)
+    folded = fold(forest, advantages(TreePO(), forest))
+    rows = bins(rollouts, forest, folded, range(len(rollouts)), max_tokens)
+    batches = [pack(rollouts, forest, folded, which) for which in rows]
+    total = sum(float(batch.weight.sum()) for batch in batches)
+    clock.lap("rest")
+    for batch in batches:
+        accumulate(model, batch, partial(_loss, batch, total), max_tokens=max_tokens)
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("update")
+    return clock.laps | _sizes(rollouts) | {"unique": float(sum(map(len, batches)))}
+
+
+def _loss(batch: PackedBatch, total: float, rows: Ints, logprob: Tensor, _: Tensor) -> Tensor:
+    arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
+    return policy_loss(LossSettings(), logprob, None, *arrays, total)[0]
+
+
+def _grpo_step(
+    model: PreTrainedModel, plain: PreTrainedModel, settings: SamplerSettings, prompts: Sequence[list[int]], micro: int
+) -> dict[str, float]:
+    clock = _Clock()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6)
+    rollouts = _sample(model, settings, prompts)
+    clock.lap("sample")
+    forest = Forest.of(rollouts)
+    flat = FlatRows(rollouts, forest, advantages(GRPO(), forest))
+    clock.lap("rest")
+    flat.step(plain, micro)
+    optimizer.step()
+    optimizer.zero_grad()
+    clock.lap("update")
+    return clock.laps | _sizes(rollouts) | {"unique": float(flat.tokens)}
+
+
+def _fastest_micro_batch(plain: PreTrainedModel, rollouts: Sequence[Rollout]) -> int:
+    forest = Forest.of(rollouts)
+    flat = FlatRows(rollouts[:2], Forest.of(rollouts[:2]), np.ones((2 * LEAVES, forest.path.shape[1])))
+    return report.fastest((1, 4, 16), lambda n: flat.step(plain, n))
+
+
+def _sizes(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    flat = sum(r.tree.flat_tokens for r in rollouts)
+    return {
+        "decoded": float(sum(r.tree.unique_tokens for r in rollouts)),
+        "flat": float(flat),
+        "with_prompts": float(flat + sum(len(r.tree.prompt) * len(r.tree.leaves()) for r in rollouts)),
+    }
+
+
+class _Clock:
+    """Seconds of the parts of a step, and of the whole."""
+
+    def __init__(self) -> None:
+        self.start = self.last = report.clock()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = report.clock()
+        self.laps |= {name: now - self.last, "seconds": now - self.start}
+        self.last = now
+
+
+if __name__ == "__main__":
+    main()
