@@ -31,7 +31,8 @@ def grow_random(seed: int, *, leaves: int = 8, segment: int = 6, vocabulary: int
         for _ in range(rng.randint(1, 3)):
             tokens = [rng.randrange(vocabulary) for _ in range(rng.randint(1, segment))]
             logprobs = [-rng.random() * 3 for _ in tokens]
-            child = tree.add(node, tokens, logprobs, seed=rng.getrandbits(60), version=1)
+            entropies = [-2 * lp for lp in logprobs] if seed % 2 else None
+            child = tree.add(node, tokens, logprobs, seed=rng.getrandbits(60), version=1, entropies=entropies)
             if len(tree.leaves()) + len(frontier) + 1 >= leaves or rng.random() < 0.3:
                 tree.finish(child, rng.choice([Stop.ANSWER, Stop.EOS, Stop.LENGTH]))
             else:

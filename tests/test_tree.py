@@ -14,18 +14,20 @@ from treepo.tree import ROOT, Rollout, Stop, Tree, append_rollout, read_rollouts
 seeds = st.integers(0, 10_000)
 
 
-def paths(tree: Tree) -> dict[int, tuple[list[int], list[float]]]:
-    """Tokens and log-probs of every leaf, found the slow way: up through the parents."""
+def paths(tree: Tree) -> dict[int, tuple[list[int], list[float], list[float]]]:
+    """Tokens, log-probs and entropies of every leaf, found the slow way: up through the parents."""
     found = {}
     for leaf in tree.leaves():
         tokens: list[int] = []
         logprobs: list[float] = []
+        entropies: list[float] = []
         node = leaf
         while node != -1:
             tokens = tree.nodes[node].tokens + tokens
             logprobs = tree.nodes[node].logprobs + logprobs
+            entropies = (tree.nodes[node].entropies or []) + entropies
             node = tree.nodes[node].parent
-        found[leaf] = (tokens, logprobs)
+        found[leaf] = (tokens, logprobs, entropies)
     return found
 
 
@@ -130,6 +132,7 @@ def test_rollouts_that_are_added_one_by_one_are_all_in_the_file_at_any_time(tmp_
         (lambda row: row["tree"]["nodes"][3].update(parent=2), "names parent 2"),
         (lambda row: row["tree"]["nodes"][3].update(stop=None), "needs either children or a stop"),
         (lambda row: row["tree"]["nodes"][3].update(stop="bored"), "bored"),
+        (lambda row: row["tree"]["nodes"][3].update(entropies=[0.5]), "2 tokens and 1 entropies"),
         (lambda row: row.pop("rewards"), "rewards"),
         (lambda row: row["rewards"].pop(), "2 rewards for 3 leaves"),
     ],
@@ -152,6 +155,8 @@ def test_misuse_is_refused() -> None:
         tree.add(1, [], [], seed=9)
     with pytest.raises(ValueError, match="1 tokens came with 2"):
         tree.add(1, [1], [0.0, 0.0], seed=9)
+    with pytest.raises(ValueError, match="1 tokens came with 2 entropies"):
+        tree.add(1, [1], [0.0], seed=9, entropies=[0.0, 0.0])
     with pytest.raises(ValueError, match="cannot split"):
         tree.split(4, 1)
     with pytest.raises(ValueError, match="finished already"):

@@ -140,7 +140,9 @@ class Sampler:
                 self.failures[tree.key, leaf] = str(reply)
                 born.append(leaf)
                 continue
-            child = tree.add(node, reply.tokens, reply.logprobs, seed=seed, version=reply.version)
+            child = tree.add(
+                node, reply.tokens, reply.logprobs, seed=seed, version=reply.version, entropies=reply.entropies
+            )
             if (stop := self._stop(tree, child)) is not None:
                 tree.finish(child, stop)
             born.append(child)

@@ -49,6 +49,7 @@ class Node:
     stop: Stop | None  # None: not a leaf (or, while the tree grows, not finished yet)
     start: int  # tokens on the path before this node, prompt included
     depth: int  # segments from the root
+    entropies: list[float] | None = None  # of the distributions that `tokens` are from, in nats; None: not known
 
 
 class Tree:
@@ -92,6 +93,7 @@ class Tree:
         seed: int,
         version: int = 0,
         stop: Stop | None = None,
+        entropies: Sequence[float] | None = None,
     ) -> int:
         """Append a child of `parent` and return its index. Only an `ERROR` leaf may add no token."""
         above = self.nodes[parent]
@@ -99,10 +101,15 @@ class Tree:
             raise ValueError(f"node {parent} is a leaf ({above.stop}) and cannot have children")
         if len(tokens) != len(logprobs):
             raise ValueError(f"{len(tokens)} tokens came with {len(logprobs)} log-probs")
+        if entropies is not None and len(tokens) != len(entropies):
+            raise ValueError(f"{len(tokens)} tokens came with {len(entropies)} entropies")
         if not tokens and stop is not Stop.ERROR:
             raise ValueError("a segment needs at least one token")
         start = above.start + len(above.tokens)
-        self.nodes.append(Node(parent, list(tokens), list(logprobs), seed, version, stop, start, above.depth + 1))
+        known = None if entropies is None else list(entropies)
+        self.nodes.append(
+            Node(parent, list(tokens), list(logprobs), seed, version, stop, start, above.depth + 1, known)
+        )
         self.children.append([])
         self.children[parent].append(len(self.nodes) - 1)
         return len(self.nodes) - 1
@@ -122,6 +129,8 @@ class Tree:
         head = Node(
             tail.parent, tail.tokens[:at], tail.logprobs[:at], tail.seed, tail.version, None, tail.start, tail.depth
         )
+        if tail.entropies is not None:
+            head.entropies, tail.entropies = tail.entropies[:at], tail.entropies[at:]
         self.nodes.append(head)
         self.children.append([node])
         siblings = self.children[tail.parent]
@@ -188,6 +197,7 @@ class Tree:
                     "version": n.version,
                     "stop": n.stop,
                     "depth": n.depth,
+                    **({} if n.entropies is None else {"entropies": n.entropies}),
                 }
                 for n in self.nodes
             ],
@@ -211,6 +221,7 @@ class Tree:
                 Stop(n["stop"]) if n["stop"] is not None else None,
                 0,
                 n["depth"],
+                n.get("entropies"),
             )
             for n in value["nodes"]
         ]
@@ -231,6 +242,8 @@ class Tree:
                 raise ValueError(f"node {index} needs either children or a stop, once")
             if len(node.tokens) != len(node.logprobs) and index != ROOT:
                 raise ValueError(f"node {index} has {len(node.tokens)} tokens and {len(node.logprobs)} log-probs")
+            if node.entropies is not None and len(node.tokens) != len(node.entropies):
+                raise ValueError(f"node {index} has {len(node.tokens)} tokens and {len(node.entropies)} entropies")
             for child in self.children[index]:
                 if self.nodes[child].parent != index:
                     raise ValueError(f"node {child} names parent {self.nodes[child].parent}, not {index}")

@@ -31,6 +31,7 @@ class Segment:
     tokens: list[int]  # a stop id, where one ended the segment, is the last
     logprobs: list[float]  # of `tokens`, in nats, under the distribution actually sampled
     version: int  # of the weights that sampled it
+    entropies: list[float] | None = None  # of the whole distribution that each token is from, in nats; None: not asked
 
 
 class Handle(Protocol):
@@ -62,12 +63,19 @@ class Engine(Protocol):
     """Most tokens of a tree, prompt included, each counted once."""
 
     async def open(
-        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+        self,
+        tree: Tree,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        max_tokens: int | None = None,
+        *,
+        entropies: bool = False,
     ) -> Handle:
         """A handle for `tree`, which the caller goes on growing; waits while the engine has no room for it.
 
         `max_tokens`: most tokens that the tree will ever hold, prompt included (None: not known), so that an engine of
-        limited memory knows which trees it can grow side by side.
+        limited memory knows which trees it can grow side by side. `entropies`: its segments come with them; that is the
+        entropy after temperature, but before top-k and top-p. Raises `EngineError` if that cannot be had.
         """
         ...
 

@@ -135,7 +135,13 @@ class LocalEngine:
         return sum(block.tokens for handle in self._handles for block in handle.kept.blocks.values())
 
     async def open(
-        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+        self,
+        tree: Tree,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        max_tokens: int | None = None,
+        *,
+        entropies: bool = False,
     ) -> LocalHandle:
         """A handle for `tree`; raises `EngineError` for a tree that there can be no room for.
 

@@ -47,11 +47,17 @@ class ScriptedEngine:
         self._attempts: dict[int, int] = {}
 
     async def open(
-        self, tree: Tree, sampling: Sampling, stop_ids: Collection[int], max_tokens: int | None = None
+        self,
+        tree: Tree,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        max_tokens: int | None = None,
+        *,
+        entropies: bool = False,
     ) -> ScriptedHandle:
         """`sampling` is the script's own business and ignored, and nothing needs memory."""
         self.open_trees += 1
-        return ScriptedHandle(self, tree, frozenset(stop_ids))
+        return ScriptedHandle(self, tree, frozenset(stop_ids), entropies)
 
     def load_weights(self, version: int) -> None:
         self.version = version
@@ -67,16 +73,17 @@ class ScriptedEngine:
 class ScriptedHandle:
     """One tree of a `ScriptedEngine`."""
 
-    def __init__(self, engine: ScriptedEngine, tree: Tree, stop_ids: frozenset[int]) -> None:
-        self.engine, self.tree, self.stop_ids = engine, tree, stop_ids
+    def __init__(self, engine: ScriptedEngine, tree: Tree, stop_ids: frozenset[int], entropies: bool) -> None:
+        self.engine, self.tree, self.stop_ids, self.entropies = engine, tree, stop_ids, entropies
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
         await self.engine._turn(seed)
         tokens = list(self.engine.reply(self.tree.tokens(node), max_tokens, seed))[:max_tokens]
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-        # Any log-probs will do that tell segments and places apart and never change.
-        logprobs = [-((seed >> i % 48) & 0xFFF) / 1024 for i in range(end)]
-        return Segment(tokens[:end], logprobs, self.engine.version)
+        # Any numbers will do that tell segments and places apart and never change.
+        numbers = [((seed >> i % 48) & 0xFFF) / 1024 for i in range(end)]
+        entropies = [number / 2 for number in numbers] if self.entropies else None
+        return Segment(tokens[:end], [-number for number in numbers], self.engine.version, entropies)
 
     def close(self) -> None:
         self.engine.open_trees -= 1
