@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("treepo", "torch", "transformers", "numpy")
+from treepo.report.machine import device, versions
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -86,7 +83,7 @@ def finish(
             "name": name,
             "quick": args.quick,
             "results": [dict(row) for row in results],
-            "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+            "versions": versions(),
             "device": device(),
             "commit": commit(),
         }
@@ -95,20 +92,6 @@ def finish(
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(line + "\n", encoding="utf-8")
     print(line, flush=True)
-
-
-def device() -> str:
-    """The accelerator's name, or the processor's with the threads that torch uses."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [row.split(":", 1)[1].strip() for row in cpuinfo.read_text().splitlines() if row[:10] == "model name"]
-        model = names[0] if names else model
-    return f"CPU {model}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def commit() -> str:
@@ -120,13 +103,6 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _cell(value: object) -> str:

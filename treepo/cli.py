@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from treepo import __version__
 from treepo.errors import ConfigError, TreePOError
+from treepo.studies import STUDIES, find
 
 if TYPE_CHECKING:  # a help page must not wait for torch
     from treepo.actor import Actor
@@ -188,6 +189,51 @@ def evaluate_(
         console.print(held_out_table([(Path(settings.model.path or "new model").name, found)]))
 
 
+@app.command(epilog="\n\n".join(f"[bold]{name}[/]: {what}" for name, (_, _, what) in STUDIES.items()))
+def study(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Which study; all are listed below.", show_default=False)],
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: ModelFolder = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of an hour; shows no more than how.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Compare arms side by side, with several seeds: the paper's experiments.
+
+    [bold]treepo study headline configs/program.yaml study.jobs=2[/]  GRPO against TreePO
+
+    [bold]treepo study overlap runs/program --quick[/]  with the newest model of a run
+
+    Settings of the study itself are study.key=value (study.seeds, study.jobs, ...).
+
+    The folder (out=...) gets a plot, JSON and a page. Ctrl-C stops it; the same command goes on where it was.
+    """
+    own = [change.removeprefix("study.") for change in overrides or [] if change.startswith("study.")]
+    others = [change for change in overrides or [] if not change.startswith("study.")]
+    found = find(name, own, quick=quick)
+    first = [f"out=runs/study-{name}{'-quick' if quick else ''}", *(found.quick_config() if quick else ())]
+    settings = _load(config, [*first, *others], model, newest=True, dry_run=dry_run)
+    _quiet()
+    from treepo.report.console import print_saved
+    from treepo.report.study import Watching, rich_table, write_report
+    from treepo.studies.run import Runner
+
+    with Watching(console) as watching:
+        runner = Runner(name, found, settings, Path(settings.out), watching)
+        _stop_gently(runner.stop, "ending: cells under way keep what they have")
+        done = runner()
+    if not done:
+        console.print("stopped early; the same command goes on", soft_wrap=True)
+        raise typer.Exit(130)
+    findings = found.findings(settings, runner.done)
+    console.print(f"[bold]{found.question}[/]")
+    for table in findings.tables:
+        console.print(rich_table(table))
+    for note in findings.notes:
+        console.print(note)
+    print_saved(console, **write_report(runner, name, findings))
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed, which engines work here, what is missing and how to get it."""
@@ -288,11 +334,11 @@ def _quiet() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _stop_gently(stop: Any) -> None:
-    """First Ctrl-C or SIGTERM: end after the step; the second one acts as ever."""
+def _stop_gently(stop: Callable[[], None], word: str = "ending after this step") -> None:
+    """First Ctrl-C or SIGTERM: say so and `stop`; the second one acts as ever."""
 
     def handle(number: int, frame: Any) -> None:  # noqa: ARG001
-        console.print("ending after this step; once more to end now")
+        console.print(f"{word}; once more to end now")
         stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

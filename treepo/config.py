@@ -133,6 +133,28 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {explain(error, values)}") from error
 
 
+def changed(config: Config, overrides: Sequence[str]) -> Config:
+    """`config` with dotted `key=value` overrides applied; raises `ConfigError` as `load` does.
+
+    A value such as `advantage={kind: grpo}` replaces a whole section.
+    """
+    values = config.model_dump(mode="json", by_alias=True)
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{' '.join(overrides)}: {explain(error, values)}") from error
+
+
+def values_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """The nested mapping that dotted `key=value` overrides spell out."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        _apply(values, override)
+    return values
+
+
 def dump(config: Config) -> str:
     """The resolved configuration as YAML; `load` reads it back."""
     text: str = yaml.safe_dump(
@@ -141,8 +163,8 @@ def dump(config: Config) -> str:
     return text
 
 
-def explain(error: ValidationError, values: Any) -> str:
-    """The first problem of a validation error, in the user's words."""
+def explain(error: ValidationError, values: Any, root: type[BaseModel] = Config) -> str:
+    """The first problem of a validation error of `root`, in the user's words."""
     first = error.errors()[0]
     # Unions add a tag ("program") or a type ("int") to the location; the user did not write it.
     no_value = first["type"] in ("extra_forbidden", "missing")
@@ -154,7 +176,7 @@ def explain(error: ValidationError, values: Any) -> str:
             at = at.get(part) if isinstance(at, dict) else None
     where = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(keys[-1], _allowed(first['loc'][:-1]))}"
+        return f"{where}: unknown key{nearest(keys[-1], _allowed(root, first['loc'][:-1]))}"
     if first["type"] == "missing":
         return f"{where}: is required"
     message = first["msg"].removeprefix("Value error, ")
@@ -180,9 +202,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r}: the value is not valid YAML") from error
 
 
-def _allowed(location: Sequence[int | str]) -> list[str]:
-    """Keys that the settings class at `location` knows."""
-    here: list[type[BaseModel]] = [Config]
+def _allowed(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Keys that the settings class at `location` in `root` knows."""
+    here: list[type[BaseModel]] = [root]
     for part in location:
         below = [
             found for c in here if part in c.model_fields for found in _classes(c.model_fields[str(part)].annotation)

@@ -88,15 +88,15 @@ def evaluate(
     shapes = [one] * len(keyed) + [iid] * len(keyed)
     answered = actor.rollouts(asked, shapes, seed, on_progress=on_progress)
     greedy, sampled = answered[: len(keyed)], answered[len(keyed) :]
-    right = _right(sampled, settings.correct_at)
+    right = correct(sampled, settings.correct_at)
     lengths = [r.tree.response_length(leaf) for r in sampled for leaf in r.tree.leaves()]
     return Evaluation(
         problems=len(problems),
         samples=settings.samples,
-        greedy=_estimate(_right(greedy, settings.correct_at).mean(axis=1), seed),
+        greedy=_estimate(correct(greedy, settings.correct_at).mean(axis=1), seed),
         pass_at_1=_estimate(right.mean(axis=1), seed),
         pass_at_k=_estimate(pass_at_k(right, settings.samples), seed),
-        maj_at_k=_estimate(maj_at_k(_answers(actor, sampled), right, settings.samples, seed), seed),
+        maj_at_k=_estimate(maj_at_k(final_answers(actor, sampled), right, settings.samples, seed), seed),
         response_tokens=float(np.mean(lengths)),
         unscored=sum(reward is None for r in sampled for reward in r.rewards),
     )
@@ -135,11 +135,13 @@ def maj_at_k(
     return found
 
 
-def _right(rollouts: Sequence[Rollout], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def correct(rollouts: Sequence[Rollout], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """[P, leaves] whether a leaf's reward is known and at least `correct_at`; all trees have equally many leaves."""
     return np.array([[reward is not None and reward >= correct_at for reward in r.rewards] for r in rollouts])
 
 
-def _answers(actor: Actor, rollouts: Sequence[Rollout]) -> list[list[str | None]]:
+def final_answers(actor: Actor, rollouts: Sequence[Rollout]) -> list[list[str | None]]:
+    """What each leaf answers, per tree, as votes count it."""
     return [
         [actor.task.final_answer(actor.decode(r.tree.response(leaf))) for leaf in r.tree.leaves()] for r in rollouts
     ]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from treepo import __version__, checkpoint
 from treepo import config as configuration
 from treepo.config import Config
-from treepo.errors import ConfigError
+from treepo.errors import ConfigError, writing
 from treepo.tree import Rollout, write_rollouts
 
 Metrics = dict[str, Any]
+
+REMEDY = "mend it, and continue with --resume"
 
 # What a resumed run may set anew: how long to train, and what to evaluate, keep and report on the way.
 MAY_CHANGE = {"trainer": {"steps", "eval_every", "save_every", "keep_checkpoints", "save_trees_every", "trackers"}}
@@ -46,7 +47,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Write the resolved configuration."""
-        with _writing(self.path):
+        with writing(self.path, REMEDY):
             header = f"# treepo {__version__}\n"
             self._resolved.write_text(header + configuration.dump(self._config), encoding="utf-8")
 
@@ -56,13 +57,13 @@ class RunFolder:
 
     def record(self, metrics: Metrics) -> None:
         """Append a line to `metrics.jsonl`."""
-        with _writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with writing(self.metrics, REMEDY), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def write_trees(self, step: int, rollouts: Sequence[Rollout]) -> None:
         """Keep the rollouts of a step."""
         trees = self.path / "trees"
-        with _writing(trees):
+        with writing(trees, REMEDY):
             trees.mkdir(exist_ok=True)
             write_rollouts(trees / f"step-{step:06d}.jsonl.gz", rollouts)
 
@@ -86,16 +87,6 @@ class RunFolder:
                 f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume with its own settings "
                 f"({self.path / 'config.yaml'}), or start another run (out=...)"
             )
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be written: {error.strerror}; mend it, and continue with --resume"
-        ) from error
 
 
 def read_metrics(path: Path) -> list[Metrics]:

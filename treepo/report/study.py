@@ -1,0 +1,185 @@
+"""What a study found: tables for the terminal, a picture, JSON, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table as RichTable
+
+from treepo.config import dump
+from treepo.report.machine import device, versions
+from treepo.studies.run import Listener, Runner
+from treepo.studies.statistics import Mean
+from treepo.studies.study import Cell, Findings, Panel, Result, Table, Value
+
+COLORS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c564b", "#7f7f7f", "#dd8452")
+
+
+class Watching(Listener):
+    """Shows a study: a bar of cells with one for each cell under way on a terminal, a line per cell elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._done = self._known = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._all = self._bar.add_task("cells", total=None, note="")
+        self._cells: dict[Cell, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def planned(self, done: int, known: int) -> None:
+        self._done, self._known = done, known
+        self._bar.update(self._all, completed=done, total=known)
+
+    def progress(self, cell: Cell, part: float, note: str) -> None:
+        if cell not in self._cells:
+            self._cells[cell] = self._bar.add_task(escape(cell.name), total=100, note="")
+        self._bar.update(self._cells[cell], completed=round(100 * part), note=escape(note))
+
+    def finished(self, cell: Cell, result: Result) -> None:
+        self._end(cell)
+        self._done += 1
+        self._bar.update(self._all, completed=self._done)
+        self.console.print(f"{self._done}/{self._known}  {escape(cell.name)}", highlight=False)
+
+    def stopped(self, cell: Cell) -> None:
+        self._end(cell)
+
+    def _end(self, cell: Cell) -> None:
+        if cell in self._cells:
+            self._bar.remove_task(self._cells.pop(cell))
+
+
+def rich_table(table: Table) -> RichTable:
+    """For the terminal."""
+    found = RichTable(title=escape(table.title))
+    for i, column in enumerate(table.columns):
+        found.add_column(escape(column), justify="right" if i else "left")
+    for row in table.rows:
+        found.add_row(*(escape(text(value)) for value in row))
+    return found
+
+
+def text(value: Value) -> str:
+    """`0.941 ±0.012` for a mean with a symmetric interval, `1.31 [1.20, 1.43]` for another, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, str | int):
+        return str(value)
+    if isinstance(value, float):
+        return _number(value)
+    if value.low is None or value.high is None:
+        return _number(value.mean)
+    up, down = value.high - value.mean, value.mean - value.low
+    if abs(up - down) <= 1e-9 * max(1.0, abs(value.mean)):
+        return f"{_number(value.mean)} ±{_number(up)}"
+    return f"{_number(value.mean)} [{_number(value.low)}, {_number(value.high)}]"
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 2 else f"{value:.3f}"
+
+
+def write_report(runner: Runner, name: str, findings: Findings) -> dict[str, Path]:
+    """Write `results.json`, `plot.png` and `report.html` into the study's folder; returns their paths by name."""
+    folder = runner.folder
+    paths = {"page": folder / "report.html", "plot": folder / "plot.png", "results": folder / "results.json"}
+    value = {
+        "study": name,
+        "settings": runner.study.model_dump(mode="json"),
+        "tables": [asdict(table) for table in findings.tables],
+        "notes": list(findings.notes),
+        "cells": [
+            {"stage": c.stage, "arm": c.arm, "seed": c.seed, "result": result} for c, result in runner.done.items()
+        ],
+        "config": runner.config.model_dump(mode="json"),
+        "versions": versions(),
+        "device": device(),
+    }
+    paths["results"].write_text(json.dumps(value, default=_plain) + "\n", encoding="utf-8")
+    draw(findings.panels, paths["plot"])
+    environment = Environment(loader=PackageLoader("treepo", "report"), autoescape=select_autoescape())
+    page = environment.get_template("study.html").render(
+        title=runner.study.title,
+        question=runner.study.question,
+        seeds=runner.study.seeds,
+        about=(type(runner.study).__doc__ or "").strip(),
+        tables=[(t.title, t.columns, [[text(value) for value in row] for row in t.rows]) for t in findings.tables],
+        notes=findings.notes,
+        plot=base64.b64encode(paths["plot"].read_bytes()).decode(),
+        settings=runner.study.model_dump(mode="json"),
+        config=dump(runner.config),
+        machine=f"{device()}; " + ", ".join(f"{package} {version}" for package, version in versions().items()),
+    )
+    paths["page"].write_text(page, encoding="utf-8")
+    return paths
+
+
+def draw(panels: Sequence[Panel], path: Path) -> None:
+    """The panels side by side as a PNG, intervals as bands."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis, panel in zip(axes, panels, strict=False):
+        _draw(axis, panel)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    handles: Mapping[str, Any] = {
+        label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    for line, color in zip(panel.lines, COLORS * 4, strict=False):
+        marker = "o" if len(line.x) < 20 else ""
+        axis.plot(line.x, [y.mean for y in line.y], marker=marker, ms=3, lw=1.5, color=color, label=line.label)
+        known = [(x, y.low, y.high) for x, y in zip(line.x, line.y, strict=True) if y.low is not None]
+        if known:
+            axis.fill_between(*map(list, zip(*known, strict=True)), color=color, alpha=0.13, lw=0)  # type: ignore[arg-type]
+    if panel.log_x:
+        axis.set_xscale("log", base=2)
+    axis.set(xlabel=panel.x, ylabel=panel.y)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.2)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mean) or is_dataclass(value):
+        return asdict(value)  # type: ignore[arg-type]
+    raise TypeError(f"{type(value)} is no JSON")

@@ -1,0 +1,242 @@
+"""Studies that train: every arm from the same starting model, on the same problems, for the same number of steps."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from treepo.config import Config, changed
+from treepo.errors import ConfigError
+from treepo.folder import Metrics, read_metrics
+from treepo.studies.statistics import Mean, at, band, paired
+from treepo.studies.study import (
+    START,
+    Cell,
+    Findings,
+    Line,
+    Panel,
+    Result,
+    Results,
+    Study,
+    Table,
+    Value,
+    Watch,
+    by_arm,
+    starting_model,
+)
+from treepo.trainer import Observer, Trainer
+
+SCORE = "pass_at_1"  # what arms are compared by: held-out, sampled
+
+
+class Training(Study):
+    """A study whose arms are trained."""
+
+    def quick_config(self) -> Sequence[str]:
+        return ("trainer.steps=10", "trainer.eval_every=5", "evaluate.problems=32", "evaluate.samples=8")
+
+    def cells(self, config: Config, done: Results) -> list[Cell]:
+        if not config.trainer.eval_every:
+            raise ConfigError("trainer.eval_every=0: a study that trains compares held-out evaluations: set it above 0")
+        return super().cells(config, done)
+
+    def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
+        if cell.stage == START:
+            return starting_model(config, folder, watch)
+        return train(config, folder / "run", watch)
+
+    def findings(self, config: Config, done: Results) -> Findings:
+        arms = by_arm(done)
+        return Findings(tables=(score_table(arms), cost_table(arms)), panels=curves(arms))
+
+
+def train(config: Config, folder: Path, watch: Watch) -> Result | None:
+    """Run `config` in `folder`, or go on there; None if it was asked to stop. Only its metrics are kept at the end."""
+    run = changed(config, [f"out={folder}"])
+    with Trainer(run, resume=(folder / "config.yaml").exists(), observer=_Reporting(watch, run)) as trainer:
+        watch.on_stop(trainer.stop)
+        if watch.stopping:
+            trainer.stop()
+        trainer.run()
+        if trainer.state.step < run.trainer.steps:
+            return None
+    found = summary(read_metrics(folder / "metrics.jsonl"))
+    shutil.rmtree(folder / "checkpoints")
+    return found
+
+
+class _Reporting(Observer):
+    def __init__(self, watch: Watch, config: Config) -> None:
+        self._watch, self._steps = watch, config.trainer.steps
+
+    def stepped(self, metrics: Metrics) -> None:
+        reward = metrics["reward"]
+        note = f"step {metrics['step']}/{self._steps}" + ("" if reward is None else f", reward {reward:.2f}")
+        self._watch.progress(metrics["step"] / self._steps, note)
+
+
+def summary(metrics: Sequence[Metrics]) -> Result:
+    """What is kept of a run: its held-out curve over steps, tokens and seconds, and means over its steps."""
+    steps = [m for m in metrics if "tokens_generated" in m]
+    tokens, seconds = {0: 0}, {0: 0.0}
+    for m in steps:
+        tokens[m["step"]] = tokens[m["step"] - 1] + m["tokens_generated"]
+        seconds[m["step"]] = seconds[m["step"] - 1] + m["seconds"]["step"]
+    curve: list[dict[str, Any]] = [
+        {"step": m["step"], "tokens": tokens[m["step"]], "seconds": seconds[m["step"]]}
+        | {name: m["evaluation"][name]["mean"] for name in ("pass_at_1", "greedy", "pass_at_k", "maj_at_k")}
+        | {"response_tokens": m["evaluation"]["response_tokens"]}
+        for m in metrics
+        if "evaluation" in m
+    ]
+    return {
+        "curve": curve,
+        "tokens": tokens[steps[-1]["step"]],
+        "seconds": seconds[steps[-1]["step"]],
+        "sharing": float(np.mean([m["sharing"] for m in steps])),
+        "queries_used": sum(m["queries_used"] for m in steps) / sum(m["queries_sampled"] for m in steps),
+        "response_tokens": float(np.mean([m["response_tokens"] for m in steps])),
+        "surprisal": [m["surprisal"] for m in steps],
+        "reward": [m["reward"] for m in steps],
+    }
+
+
+# What the runs say ------------------------------------------------------------------------------------------------
+
+Arms = dict[str, dict[int, Result]]
+"""Arm -> seed -> summary of its run."""
+
+
+def points(result: Result, x: str, y: str = SCORE) -> tuple[list[float], list[float]]:
+    """The held-out curve of a run over `x`: step, tokens or seconds."""
+    return [p[x] for p in result["curve"]], [p[y] for p in result["curve"]]
+
+
+def score_table(arms: Arms) -> Table:
+    """Held-out accuracy at equal steps, equal tokens and equal seconds, each with its difference to the baseline."""
+    scores: dict[str, Callable[[Result], float]] = {"end": lambda r: r["curve"][-1][SCORE]}
+    for x in ("tokens", "seconds"):
+        least = min(r["curve"][-1][x] for runs in arms.values() for r in runs.values())
+        scores[f"{_short(least)} {x}"] = partial(_score_at, x, least)
+    baseline = next(iter(arms))
+    rows = []
+    for arm, runs in arms.items():
+        row: list[Value] = [arm]
+        for score in scores.values():
+            found = {seed: score(r) for seed, r in runs.items()}
+            theirs = {seed: score(r) for seed, r in arms[baseline].items()}
+            row += [Mean.of(list(found.values())), None if arm == baseline else paired(found, theirs)]
+        rows.append(row)
+    columns = [part for name in scores for part in (f"at {name}" if name != "end" else "at the end", "difference")]
+    return Table("held-out sampled pass@1", ("arm", *columns), rows)
+
+
+def _score_at(x: str, where: float, result: Result) -> float:
+    return at(*points(result, x), where)
+
+
+def cost_table(arms: Arms) -> Table:
+    """What the runs took, and how they sampled."""
+    columns: dict[str, Callable[[Result], float]] = {
+        "tokens, k": lambda r: r["tokens"] / 1000,
+        "seconds": lambda r: r["seconds"],
+        "sharing": lambda r: r["sharing"],
+        "queries with spread": lambda r: r["queries_used"],
+        "response tokens": lambda r: r["response_tokens"],
+        "greedy": lambda r: r["curve"][-1]["greedy"],
+        "pass@k": lambda r: r["curve"][-1]["pass_at_k"],
+        "maj@k": lambda r: r["curve"][-1]["maj_at_k"],
+    }
+    rows: list[list[Value]] = [
+        [arm, *(Mean.of([read(r) for r in runs.values()]) for read in columns.values())] for arm, runs in arms.items()
+    ]
+    return Table("what it took", ("arm", *columns), rows)
+
+
+def curves(arms: Arms) -> tuple[Panel, ...]:
+    """Accuracy over generated tokens, steps and seconds."""
+    names = {"tokens": "generated tokens", "step": "steps", "seconds": "seconds in steps"}
+    return tuple(
+        Panel(
+            name,
+            "held-out sampled pass@1",
+            tuple(_line(arm, [points(r, x) for r in runs.values()]) for arm, runs in arms.items()),
+        )
+        for x, name in names.items()
+    )
+
+
+def _line(label: str, found: Sequence[tuple[list[float], list[float]]]) -> Line:
+    grid, means = band(found)
+    return Line(label, grid.tolist(), means)
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.0f}k" if number >= 10_000 else f"{number:.0f}"
+
+
+# The paper's ablations --------------------------------------------------------------------------------------------
+
+
+class Segment(Training):
+    """Segments of several lengths, at one response budget: many short ones or few long ones."""
+
+    title: ClassVar[str] = "Segment length"
+    question: ClassVar[str] = "How long should a segment be, at one response budget? (arXiv 2508.17445, section 4.4)"
+
+    segment_tokens: list[int] = Field(
+        [], description="Lengths that divide the response budget; default: half, one, two and four times the given one."
+    )
+
+    def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
+        own, budget = config.sampler.segment_tokens, config.sampler.response_tokens
+        lengths = self.segment_tokens or [own, *(n for n in (own // 2, 2 * own, 4 * own) if n and budget % n == 0)]
+        for n in lengths:
+            if budget % n:
+                raise ConfigError(f"study.segment_tokens: {n} does not divide the response budget of {budget} tokens")
+        return {
+            f"{budget // n} x {n}": (f"sampler.segment_tokens={n}", f"sampler.max_depth={budget // n}")
+            for n in dict.fromkeys(lengths)
+        }
+
+
+class Advantage(Training):
+    """Ways to give credit, on the same trees."""
+
+    title: ClassVar[str] = "Advantage"
+    question: ClassVar[str] = "Which advantage learns best on the same trees? (arXiv 2508.17445, section 4.4)"
+
+    def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
+        kinds = {
+            "treepo, eq. 5": "{kind: treepo}",
+            "size-weighted, eq. 6": "{kind: treepo, size_weighted: true}",
+            "rejection, eq. 7": "{kind: treepo, reject_flat_groups: true}",
+            "no root": "{kind: treepo, use_root: false}",
+            "each fork once": "{kind: treepo, levels: fork}",
+            "grpo on trees": "{kind: grpo}",
+        }
+        return {name: (f"advantage={value}",) for name, value in kinds.items()}
+
+
+class Divergence(Training):
+    """Numbers of first forks."""
+
+    title: ClassVar[str] = "First divergence"
+    question: ClassVar[str] = "How wide should a tree open at its root? (arXiv 2508.17445, section 4.2)"
+
+    first: list[int | tuple[int, int]] = Field(
+        [2, 4, 8, (2, 8)],
+        min_length=1,
+        description="Children of the root, or ranges to draw from.",
+    )
+
+    def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
+        names = {" to ".join(map(str, n)) if isinstance(n, tuple) else str(n): n for n in self.first}
+        return {f"first {name}": (f"sampler.branching.first_divergence={json.dumps(n)}",) for name, n in names.items()}
