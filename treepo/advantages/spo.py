@@ -37,8 +37,7 @@ class SPO(Settings):
         gain = value - at_parent(forest, value)  # [N]
         std = at_parent(forest, spread_of_children(forest, value))  # [N] among a node and its siblings
         if self.scale == "values":
-            scored = np.where(std > 1e-8, gain / np.maximum(std, 1e-8), 0.0)
-            scored = np.where(at_parent(forest, children(forest)) > 1, scored, value)
+            scored = np.where(at_parent(forest, children(forest)) > 1, gain / np.maximum(std, 1e-8), value)
             scored[_shared_by_all(forest)] = 0.0
             own, before = over_parent(forest, scored)
             advantage = own - before
