@@ -12,7 +12,7 @@ import time
 from random import Random
 
 from benchmarks import report
-from treepo.advantages import GRPO, RLOO, Estimator, TreePO, advantages
+from treepo.advantages import GRPO, RLOO, SPO, Estimator, TreeGRPO, TreePO, TreePOSegment, TreeRL, advantages
 from treepo.forest import Forest
 from treepo.tree import ROOT, Rollout, Stop, Tree
 
@@ -41,6 +41,10 @@ def main() -> None:
     estimators: dict[str, Estimator] = {
         "treepo": TreePO(),
         "treepo size_weighted reject fork": TreePO(size_weighted=True, reject_flat_groups=True, levels="fork"),
+        "segment": TreePOSegment(eta=0.9),
+        "spo": SPO(scale="values"),
+        "treerl": TreeRL(),
+        "tree_grpo": TreeGRPO(),
         "grpo": GRPO(),
         "rloo": RLOO(),
     }

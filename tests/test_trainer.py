@@ -27,7 +27,10 @@ from treepo.trainer import Observer, Trainer
 from treepo.tree import Rollout, Stop, Tree, read_rollouts
 from treepo.update import overlong
 
-KINDS = ("treepo", "grpo", "dr_grpo", "rloo", "reinforce_pp")
+KINDS = (
+    *("treepo", "segment", "spo", "treerl", "attnrl", "tree_grpo"),
+    *("grpo", "dr_grpo", "rloo", "reinforce_pp"),
+)
 # Everything that can go wrong with a resume is on: several updates per step, replaced queries, trees, evaluations.
 BUSY = (
     *("trainer.steps=5", "trainer.mini_batches=2", "trainer.dynamic_sampling.oversample=1.5"),

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from treepo.actor import Actor
-    from treepo.advantages import GRPO, RLOO, DrGRPO, ReinforcePP, TreePO
+    from treepo.advantages import (
+        GRPO,
+        RLOO,
+        SPO,
+        AttnRL,
+        DrGRPO,
+        ReinforcePP,
+        TreeGRPO,
+        TreePO,
+        TreePOSegment,
+        TreeRL,
+    )
     from treepo.config import Config, load
     from treepo.engines import Engine, Handle, Sampling, Segment
     from treepo.engines.local import LocalEngine, LocalSettings
@@ -26,6 +37,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Actor": "actor",
+    "AttnRL": "advantages",
     "Config": "config",
     "ConfigError": "errors",
     "DrGRPO": "advantages",
@@ -42,6 +54,7 @@ _HOME = {
     "RLOO": "advantages",
     "ReinforcePP": "advantages",
     "Rollout": "tree",
+    "SPO": "advantages",
     "Sampler": "sampler",
     "SamplerSettings": "sampler",
     "Sampling": "engines",
@@ -52,8 +65,11 @@ _HOME = {
     "TaskError": "errors",
     "Trainer": "trainer",
     "Tree": "tree",
+    "TreeGRPO": "advantages",
     "TreePO": "advantages",
     "TreePOError": "errors",
+    "TreePOSegment": "advantages",
+    "TreeRL": "advantages",
     "load": "config",
     "read_rollouts": "tree",
     "write_rollouts": "tree",
@@ -62,7 +78,9 @@ _HOME = {
 __all__ = [
     "GRPO",
     "RLOO",
+    "SPO",
     "Actor",
+    "AttnRL",
     "Config",
     "ConfigError",
     "DrGRPO",
@@ -87,8 +105,11 @@ __all__ = [
     "TaskError",
     "Trainer",
     "Tree",
+    "TreeGRPO",
     "TreePO",
     "TreePOError",
+    "TreePOSegment",
+    "TreeRL",
     "__version__",
     "load",
     "read_rollouts",

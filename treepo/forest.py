@@ -12,6 +12,7 @@ from treepo.tree import Rollout
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Forest:
     """
 
     first_node: Ints  # [number of rollouts + 1]
+    parent: Ints  # [N] node index; -1 for roots
     length: Ints  # [N] response tokens that the node adds; 0 for roots
+    cut: Bools  # [N] whether it is the lower part of a segment that was cut (`Tree.split`); its parent is the upper
     leaf: Ints  # [L] node index of each leaf
     tree: Ints  # [L] index of each leaf's rollout
     depth: Ints  # [L] nodes on the path below the root; >= 1
@@ -40,6 +43,8 @@ class Forest:
         offset = np.repeat(first_node[:-1], np.diff(first_node))
         parent = np.where(parent < 0, -1, parent + offset)
         length[first_node[:-1]] = 0
+        segments = np.fromiter((node.depth for node in nodes), np.int64, len(nodes))  # a cut makes no path deeper
+        cut = (parent >= 0) & (segments == segments[parent])
         scored = [
             (t, leaf, reward)
             for t, r in enumerate(rollouts)
@@ -49,7 +54,7 @@ class Forest:
         tree = np.array([t for t, _, _ in scored], np.int64)
         leaf = np.array([n for _, n, _ in scored], np.int64) + first_node[tree]
         rewards = np.array([reward for _, _, reward in scored], np.float64)
-        return cls(first_node, length, leaf, tree, *_paths(leaf, parent), rewards)
+        return cls(first_node, parent, length, cut, leaf, tree, *_paths(leaf, parent), rewards)
 
     def over_leaves(self, values: NDArray[np.float64]) -> Floats:
         """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""
@@ -60,6 +65,13 @@ class Forest:
     def leaf_count(self) -> Floats:
         """[N] leaves below each node."""
         return self.over_leaves(np.ones(self.path.shape))
+
+    @property
+    def same_segment(self) -> Bools:
+        """[N] whether a node and its parent are one segment, which was cut, but no leaf has come to hang at the cut."""
+        count = self.leaf_count
+        same: Bools = self.cut & (count == count[self.parent])
+        return same
 
 
 def _paths(leaf: Ints, parent: Ints) -> tuple[Ints, Ints]:

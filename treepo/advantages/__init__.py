@@ -11,14 +11,34 @@ from typing import Annotated
 
 from pydantic import Field
 
-from treepo.advantages.group import GRPO, RLOO, DrGRPO, ReinforcePP
+from treepo.advantages.group import GRPO, RLOO, DrGRPO, ReinforcePP, TreeGRPO
+from treepo.advantages.segment import TreePOSegment
+from treepo.advantages.spo import SPO
 from treepo.advantages.treepo import TreePO
+from treepo.advantages.treerl import AttnRL, TreeRL
 from treepo.advantages.whitening import whiten
 from treepo.forest import Floats, Forest
 
-Estimator = Annotated[TreePO | GRPO | DrGRPO | RLOO | ReinforcePP, Field(discriminator="kind")]
+Estimator = Annotated[
+    TreePO | TreePOSegment | SPO | TreeRL | AttnRL | TreeGRPO | GRPO | DrGRPO | RLOO | ReinforcePP,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["GRPO", "RLOO", "DrGRPO", "Estimator", "ReinforcePP", "TreePO", "advantages", "whiten"]
+__all__ = [
+    "GRPO",
+    "RLOO",
+    "SPO",
+    "AttnRL",
+    "DrGRPO",
+    "Estimator",
+    "ReinforcePP",
+    "TreeGRPO",
+    "TreePO",
+    "TreePOSegment",
+    "TreeRL",
+    "advantages",
+    "whiten",
+]
 
 
 def advantages(estimator: Estimator, forest: Forest) -> Floats:

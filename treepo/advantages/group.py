@@ -1,6 +1,7 @@
 """Estimators that compare a leaf with all leaves of its query, whatever the tree: the baselines.
 
 Every token of a leaf gets the leaf's value. A query with a single leaf has nothing to compare with and gets 0.
+`TreeGRPO` looks at the tree once, to compare also with the leaves that share the first segment.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from treepo.forest import Floats, Forest
+from treepo.forest import Floats, Forest, Ints
 from treepo.settings import Settings
 
 
@@ -21,11 +22,7 @@ class GRPO(Settings):
     whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
     def __call__(self, forest: Forest) -> Floats:
-        count, mean = _groups(forest)
-        deviation = forest.rewards - mean
-        total = np.bincount(forest.tree, deviation**2, len(forest.first_node) - 1)[forest.tree]
-        std = np.sqrt(total / np.maximum(count - 1, 1))
-        return _on_path(forest, deviation / (std + 1e-6))
+        return _on_path(forest, _z_score(forest.rewards, forest.tree))
 
 
 class DrGRPO(Settings):
@@ -35,7 +32,7 @@ class DrGRPO(Settings):
     whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
     def __call__(self, forest: Forest) -> Floats:
-        return _on_path(forest, forest.rewards - _groups(forest)[1])
+        return _on_path(forest, forest.rewards - _groups(forest.rewards, forest.tree)[1])
 
 
 class RLOO(Settings):
@@ -45,7 +42,7 @@ class RLOO(Settings):
     whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
     def __call__(self, forest: Forest) -> Floats:
-        count, mean = _groups(forest)
+        count, mean = _groups(forest.rewards, forest.tree)
         return _on_path(forest, (forest.rewards - mean) * count / np.maximum(count - 1, 1))
 
 
@@ -56,15 +53,37 @@ class ReinforcePP(Settings):
     whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
 
     def __call__(self, forest: Forest) -> Floats:
-        return _on_path(forest, forest.rewards - _groups(forest)[1])
+        return _on_path(forest, forest.rewards - _groups(forest.rewards, forest.tree)[1])
 
 
-def _groups(forest: Forest) -> tuple[Floats, Floats]:
-    """Number of leaves and mean reward of each leaf's query, both [L]."""
-    trees = len(forest.first_node) - 1
-    count = np.bincount(forest.tree, minlength=trees).astype(float)
-    mean = np.bincount(forest.tree, forest.rewards, trees) / np.maximum(count, 1)
-    return count[forest.tree], mean[forest.tree]
+class TreeGRPO(Settings):
+    """GRPO's z-score over the query's leaves + the same over the leaves of one of its trees. Source: arXiv 2509.21240.
+
+    There a query has several trees. Here these are what hangs on each child of the root, so a tree with one leaf gets
+    only the first term, and a star is GRPO. The std is that of `grpo`.
+    """
+
+    kind: Literal["tree_grpo"] = "tree_grpo"
+    whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
+
+    def __call__(self, forest: Forest) -> Floats:
+        below_root = forest.path[:, 1] if len(forest.leaf) else forest.leaf
+        return _on_path(forest, _z_score(forest.rewards, forest.tree) + _z_score(forest.rewards, below_root))
+
+
+def _groups(reward: Floats, group: Ints) -> tuple[Floats, Floats]:
+    """Number of leaves and mean reward of each leaf's group, both [L]."""
+    count = np.bincount(group).astype(float)
+    mean = np.bincount(group, reward) / np.maximum(count, 1)
+    return count[group], mean[group]
+
+
+def _z_score(reward: Floats, group: Ints) -> Floats:
+    """[L] (reward - mean) / (std + 1e-6) in each leaf's group, with the unbiased std; 0 for a leaf on its own."""
+    count, mean = _groups(reward, group)
+    deviation = reward - mean
+    std: Floats = np.sqrt(np.bincount(group, deviation**2)[group] / np.maximum(count - 1, 1))
+    return deviation / (std + 1e-6)
 
 
 def _on_path(forest: Forest, value: Floats) -> Floats:

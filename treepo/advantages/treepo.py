@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from treepo.advantages.values import mean_over_leaves
 from treepo.forest import Floats, Forest
 from treepo.settings import Settings
 
@@ -16,7 +17,8 @@ class TreePO(Settings):
 
     Source: arXiv 2508.17445, eq. 5 (average), 6 (`size_weighted`), 7 (`reject_flat_groups`). Ancestors other than the
     root count only with more than one leaf below. Ours: `levels="fork"`, and 0 for a leaf that is left without any
-    group (the released code gives a lone leaf its raw reward).
+    group (the released code gives a lone leaf its raw reward). A segment that was cut counts its group once as long as
+    both parts have the same leaves.
     """
 
     kind: Literal["treepo"] = "treepo"
@@ -24,7 +26,7 @@ class TreePO(Settings):
     reject_flat_groups: bool = Field(False, description="Leave out sub-trees whose rewards are all equal (eq. 7).")
     use_root: bool = Field(True, description="Compare with all leaves of the query too.")
     levels: Literal["segment", "fork"] = Field(
-        "segment", description="segment: an unforked chain counts its group once per node; fork: once."
+        "segment", description="segment: an unforked chain counts its group once per segment; fork: once."
     )
     whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
 
@@ -34,10 +36,9 @@ class TreePO(Settings):
         ancestor = column[None, :] < forest.depth[:, None]  # [L, D + 1] without the leaf itself
         count = forest.leaf_count  # [N]
         size = np.where(ancestor, count[path], 0.0)  # [L, D + 1] |G_j|
-        on_path = np.broadcast_to(reward[:, None], path.shape)
-        mean = forest.over_leaves(on_path) / np.maximum(count, 1.0)  # [N]
+        mean = mean_over_leaves(forest, reward)  # [N]
 
-        counted = ancestor & (size > 1)
+        counted = ancestor & (size > 1) & ~forest.same_segment[path]
         if self.levels == "fork":  # nested groups of one size are the same group
             counted[:, 1:] &= size[:, 1:] != size[:, :-1]
         if self.reject_flat_groups:
