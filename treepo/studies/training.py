@@ -220,6 +220,8 @@ class Advantage(Training):
             "rejection, eq. 7": "{kind: treepo, reject_flat_groups: true}",
             "no root": "{kind: treepo, use_root: false}",
             "each fork once": "{kind: treepo, levels: fork}",
+            "segment": "{kind: segment}",
+            "spo": "{kind: spo, whiten: true}",
             "grpo on trees": "{kind: grpo}",
         }
         return {name: (f"advantage={value}",) for name, value in kinds.items()}
