@@ -25,9 +25,13 @@ format: $(READY)  ## format the code and mend what ruff can
 	$(BIN)/ruff format .
 
 bench: $(READY)  ## every benchmark, results to benchmarks/results; QUICK=1 for a minute each, which keeps nothing
-	for name in advantages scheduler sampling packing; do \
+	for name in advantages scheduler sampling packing training; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name \
 	    $(if $(QUICK),--quick,--out benchmarks/results/$$name.json) || exit 1; \
+	done
+	for name in packing training; do \
+	  $(BIN)/python -m benchmarks.$$name --threads 2 \
+	    $(if $(QUICK),--quick,--out benchmarks/results/$$name-2-threads.json) || exit 1; \
 	done
 
 docs: $(READY)  ## write docs/configuration.md from the settings
