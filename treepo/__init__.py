@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from treepo.engines.scripted import ScriptedEngine
     from treepo.errors import ConfigError, EngineError, TaskError, TreePOError
     from treepo.forest import Forest
+    from treepo.policies import Frontier
     from treepo.sampler import Sampler, SamplerSettings
     from treepo.tasks import Problem, Task
     from treepo.trainer import Observer, Trainer
@@ -32,6 +33,7 @@ _HOME = {
     "Engine": "engines",
     "EngineError": "errors",
     "Forest": "forest",
+    "Frontier": "policies",
     "GRPO": "advantages",
     "Handle": "engines",
     "LocalEngine": "engines.local",
@@ -69,6 +71,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Forest",
+    "Frontier",
     "Handle",
     "LocalEngine",
     "LocalSettings",
