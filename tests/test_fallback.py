@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted_trees import EOS, chain, encode, frontier, mixed_reply, sampler
+from test_local_engine import plain_model, prepared, with_room, worst_error
 
+from treepo.engines.local import LocalEngine, LocalSettings
 from treepo.engines.scripted import ScriptedEngine
 from treepo.errors import ConfigError
 from treepo.policies import Frontier
@@ -23,6 +25,8 @@ from treepo.policies.fallback import (
     Restart,
     SegmentBoundary,
 )
+from treepo.policies.stopping import EarlyStop
+from treepo.sampler import Sampler, SamplerSettings
 from treepo.seeds import generator
 from treepo.tree import ROOT, Stop, Tree
 
@@ -232,6 +236,36 @@ def test_a_fallback_that_cuts_inside_a_segment_splits_the_node_and_continues_exa
             else:
                 halves += 1
     assert halves > 20
+
+
+@pytest.mark.parametrize("policy", [GridBoundary(window=3), LowestLogProb()], ids=lambda policy: policy.kind)
+@pytest.mark.parametrize("memory", [False, True], ids=["free", "tight"])
+def test_trees_of_a_real_engine_that_are_trimmed_and_cut_inside_segments_are_exact(
+    policy: CutBack, memory: bool
+) -> None:
+    plain = plain_model()
+    shape = SamplerSettings(
+        width=10,
+        segment_tokens=6,
+        max_depth=4,
+        branching=LevelBudget(first_divergence=2, divergence=1),
+        stopping=EarlyStop(answer="ignored", stop_strings=("b", "cd")),
+        trim=True,
+        fallback=policy,
+    )
+    prompts = [(str(i), [5, 7, i + 1]) for i in range(4)]
+    limit = with_room(len(prompts[0][1]) + shape.tree_tokens, slots=8) if memory else LocalSettings(slots=8)
+
+    def text(tokens: Sequence[int]) -> str:
+        return "".join("abcdefghij"[token % 10] for token in tokens)
+
+    trees = Sampler(LocalEngine(prepared(), limit), shape, text, ()).sample(prompts, seed=0)
+    halves = sum(node.seed == tree.nodes[node.parent].seed for tree in trees for node in tree.nodes[1:])
+    leaves = [tree.nodes[leaf] for tree in trees for leaf in tree.leaves()]
+    ended = [text(leaf.tokens) for leaf in leaves if leaf.stop is Stop.STOP_STRING]
+    assert halves > 3 and len(ended) > 10
+    assert {last[-1] for last in ended} <= {"b", "d"}, "what came after is gone"
+    assert max(worst_error(plain, tree) for tree in trees) < 1e-4
 
 
 def test_rewards_are_not_consulted_a_fallback_sees_no_more_than_the_tree() -> None:
