@@ -15,7 +15,7 @@ from random import Random
 
 from benchmarks import report
 from treepo.engines.scripted import ScriptedEngine
-from treepo.policies.branching import Uniform
+from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
 
 SEGMENT, DEPTH, WIDTH, EOS = 16, 14, 16, 0
@@ -41,7 +41,7 @@ def main() -> None:
             width=WIDTH,
             segment_tokens=SEGMENT,
             max_depth=DEPTH,
-            branching=Uniform(first_divergence=first),
+            branching=LevelBudget(first_divergence=first),
         )
         trees = 64 if args.quick else 512
         per_segment = []

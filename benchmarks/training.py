@@ -17,7 +17,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -33,7 +32,7 @@ from treepo.forest import Forest, Ints
 from treepo.gradient import accumulate
 from treepo.loss import LossSettings, policy_loss
 from treepo.packing import PackedBatch, bins, fold, pack
-from treepo.policies.branching import Uniform
+from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import Rollout, Tree
 
@@ -50,18 +49,8 @@ COLUMNS = (
 )
 
 
-class LateForks(Uniform):
-    """One path until level `fork`, then two children each: what problems with a long common beginning allow."""
-
-    fork: int = 4
-
-    def first(self, width: int, rng: Random) -> int:
-        return 1
-
-    def __call__(
-        self, tree: Tree, active: Sequence[int], finished_now: int, remaining: int, rng: Random, progress: float
-    ) -> list[int]:
-        return [1 if tree.nodes[active[0]].depth < self.fork else 2] * len(active)
+# One path until level 4, then two children each: what problems with a long common beginning allow.
+LATE = LevelBudget(first_divergence=1, start=4)
 
 
 def main() -> None:
@@ -72,8 +61,8 @@ def main() -> None:
     ids = [rng.integers(0, VOCABULARY, 4 * segment if args.quick else 64).tolist() for _ in range(prompts)]
     shape = SamplerSettings(width=LEAVES, segment_tokens=segment, max_depth=LEVELS)
     shapes = {
-        "late forks": shape.model_copy(update={"branching": LateForks()}),
-        "early forks": shape.model_copy(update={"branching": Uniform(first_divergence=2)}),
+        "late forks": shape.model_copy(update={"branching": LATE}),
+        "early forks": shape.model_copy(update={"branching": LevelBudget(first_divergence=2)}),
     }
     longest = len(ids[0]) + shape.response_tokens
     plain = copy.deepcopy(model)

@@ -31,7 +31,9 @@ def page() -> str:
 
 def _section(name: str, model: type[BaseModel]) -> Iterator[str]:
     title = f"`{name}`" if name else "Top level"
-    kind = model.model_fields["kind"].default if "kind" in model.model_fields else None
+    kind = model.model_fields["kind"].get_default() if "kind" in model.model_fields else None
+    if kind is PydanticUndefined:
+        kind = "my_module:MyClass"
     yield f"\n## {title}{f', kind: {kind}' if kind else ''}\n\n{_first_line(model)}\n\n"
     below: list[tuple[str, type[BaseModel]]] = []
     rows = []

@@ -39,6 +39,21 @@ def test_every_shipped_configuration_loads_and_round_trips(path: Path, tmp_path:
         ("sampler.branching.first_divergence=[4, 2]", r"sampler\.branching\.first_divergence: .*low <= high"),
         ("sampler.branching.first_divergence=[2, x]", r"sampler\.branching\.first_divergence: Input should be a valid"),
         ("sampler.branching.first_divergence=0", r"first_divergence: give a number of at least 1"),
+        ("sampler.branching.divergence=[3, 2]", r"sampler\.branching\.divergence: .*low <= high"),
+        ("sampler.branching.temperature=0", r"sampler\.branching\.temperature: give a number above 0, or two"),
+        ("sampler.branching.temperature=[5, -1]", r"sampler\.branching\.temperature: give a number above 0, or two"),
+        ("sampler.branching.kind=uniform", r"sampler\.branching: kind 'uniform' is none of budget, my_module:MyClass"),
+        (
+            "sampler.fallback.kind=gird",
+            r"sampler\.fallback: kind 'gird' is none of segment, grid,.*mean 'grid'",
+        ),
+        ("sampler.fallback.kind=grid", r"sampler\.fallback\.window: is required"),
+        ("sampler.fallback={kind: block, window: 4, perfer: low}", r"sampler\.fallback\.perfer: unknown key.*'prefer'"),
+        ("sampler.fallback.window=4", r"sampler\.fallback\.window: unknown key"),
+        ("sampler.fallback={kind: none, candidates: any}", r"sampler\.fallback\.candidates: unknown key"),
+        ("sampler.stopping.kind=[early]", r"sampler\.stopping: kind \['early'\] is none of early, my_module:MyClass"),
+        ("sampler.stopping=early", r"sampler\.stopping: .*"),
+        ("sampler={token_budget: 9, width: 2, min_width: 3}", r"sampler: min_width 3 is above width 2"),
         ("trainer.lr=.nan", r"trainer\.lr: Input should be a finite number"),
         ("task={kind: dataset, path: x, answr_column: y}", r"task\.answr_column: unknown key.*'answer_column'"),
         ("task={kind: dataset}", r"task\.path: is required"),
@@ -106,3 +121,109 @@ def test_a_setting_cannot_be_changed_afterwards(tmp_path: Path) -> None:
 def test_a_warm_up_is_for_created_models_only(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="warmup is for a model that is created"):
         load(write_config(tmp_path), ["model.create=null", "model.path=somewhere"])
+
+
+# Policies of the user's own -------------------------------------------------------------------------------------------
+
+OWN = """
+from pydantic import Field
+from treepo.settings import Settings
+
+class Late(Settings):
+    level: int = Field(ge=1)
+    def __call__(self, frontier):
+        return [1] * len(frontier.active)
+    def again(self, frontier):
+        return 1
+
+class Plain:
+    def __init__(self, strength=1):
+        self.strength = strength
+    def __call__(self, frontier):
+        return [1] * len(frontier.active)
+    def again(self, frontier):
+        return 1
+
+class Half:
+    def __call__(self, frontier):
+        return []
+
+class Other:
+    def __call__(self, tree, active):
+        return []
+    def again(self, frontier):
+        return 1
+
+class Broken:
+    def __init__(self):
+        raise KeyError("x")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module with policies in the current directory."""
+    name = f"own_policies_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.mark.parametrize("given", ["kind: {0}:Late, level: 2", "kind: {0}:Plain, strength: [1, 2]", "kind: {0}:Plain"])
+def test_a_policy_of_ones_own_is_found_beside_the_run_and_round_trips(own: str, given: str, tmp_path: Path) -> None:
+    config = load(write_config(tmp_path), [f"sampler.branching={{{given.format(own)}}}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config != load(write_config(tmp_path))
+    assert type(config.sampler.branching.policy).__name__ in given
+    assert load(again, ["sampler.width=3"]).sampler.branching == config.sampler.branching
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("kind: absent_module:Late", r"cannot import 'absent_module': ModuleNotFoundError: No module named"),
+        ("kind: {0}:late", r"'late' in '{0}' does not exist; did you mean 'Late'\?"),
+        ("kind: {0}:number", r"'number' in '{0}' is not callable"),
+        ("kind: {0}:Late", r"level: Field required"),
+        ("kind: {0}:Late, level: 0", r"level: Input should be greater than or equal to 1"),
+        ("kind: {0}:Late, level: 1, levle: 2", r"{0}:Late knows no 'levle'; did you mean 'level'\?"),
+        (
+            "kind: {0}:Plain, strenght: 2",
+            r"{0}:Plain\(...\) with .* raised TypeError: .*unexpected.*'strenght'",
+        ),
+        ("kind: {0}:Broken", r"{0}:Broken\(...\) with no settings raised KeyError: 'x'"),
+        ("kind: {0}:Half", r"{0}:Half makes a Half, which needs a method again\(self, frontier\)"),
+        ("kind: {0}:Other", r"{0}:Other: __call__ must take what __call__\(self, frontier\) takes: missing .*'active'"),
+        ("kind: 'not a module:Late'", r"\.kind: String should match pattern"),
+    ],
+)
+def test_a_policy_of_ones_own_that_cannot_be_used_is_explained_in_one_line(
+    own: str, given: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"sampler\.branching.*" + message.format(own)) as caught:
+        load(write_config(tmp_path), [f"sampler.branching={{{given.format(own)}}}"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("section", "shape"), [("stopping", r"text, \*, eos, length, depth"), ("fallback", "wanted")])
+def test_each_decision_of_ones_own_is_asked_for_its_own_shape(
+    own: str, section: str, shape: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"sampler\.{section}: {own}:Plain: __call__ must take .*{shape}"):
+        load(write_config(tmp_path), [f"sampler.{section}={{kind: {own}:Plain}}"])
+
+
+def test_policies_round_trip_with_every_setting(tmp_path: Path) -> None:
+    overrides = [
+        "sampler.branching={divergence: [1, 3], first_divergence: null, temperature: [5.0, 1.0], allocation: entropy}",
+        "sampler.stopping={answer: ignored, stop_strings: [END, '###']}",
+        "sampler.fallback={kind: block, window: 6, prefer: high, candidates: any, order: longest_first}",
+    ]
+    config = load(write_config(tmp_path), overrides)
+    assert config.sampler.stopping.stop_strings == ("END", "###")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump(config))
+    assert load(again) == config

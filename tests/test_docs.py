@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from docs.configuration import PAGE, page
 from treepo.cli import app
+from treepo.config import Config, load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+PAPER = (ROOT / "docs" / "paper.md").read_text()
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -66,3 +69,40 @@ def test_the_commands_of_the_documents_are_accepted(text: str, tmp_path: Path) -
             assert result.exit_code == 0, f"{line}: {result.output}"
             checked += 1
     assert checked >= 2
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the tables, without their heads."""
+    found = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:2] == "| "]
+    return [row for row in found if row[1] != "setting"]
+
+
+def test_every_test_that_the_page_on_the_paper_names_exists() -> None:
+    code = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", PAPER)
+    assert len(named) > 40
+    assert [test for test in named if not re.search(rf"^def {test}\(", code, flags=re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("row", rows(PAPER), ids=lambda row: row[1].strip("*`"))
+def test_every_row_of_the_page_on_the_paper_has_a_setting_that_loads_a_test_and_a_study(
+    row: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    _, setting, tests, study = row
+    assert "`test_" in tests or tests == "to be filled"
+    assert study == "-" or all(re.fullmatch(r"`treepo study [a-z]+`", name) for name in study.split(", "))
+    if tests == "to be filled":
+        return
+    config = ROOT / "configs" / "dataset.yaml"
+    plain, chosen = load(config), load(config, [setting.strip("*`")])
+    key, _, value = setting.strip("*`").partition("=")
+    if setting.startswith("**"):  # what a configuration has that says nothing
+        at, _, last = key.rpartition(".")
+        section: object = Config(task=plain.task, model=plain.model)
+        for part in at.split(".") if at else ():
+            section = getattr(section, part)
+        default = section.model_dump(mode="json")[last]  # type: ignore[attr-defined]
+        assert default == yaml.safe_load(value)
+    else:
+        assert chosen != plain

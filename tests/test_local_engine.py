@@ -21,7 +21,7 @@ from treepo.engines.draw import NUCLEUS, WIDER, Draw, invert, uniform
 from treepo.engines.kept import Budget, Kept
 from treepo.engines.local import LocalEngine, LocalHandle, LocalSettings
 from treepo.errors import ConfigError, EngineError
-from treepo.policies.branching import Uniform
+from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import ROOT, Stop, Tree
 
@@ -426,7 +426,8 @@ def test_trees_whose_most_fits_grow_side_by_side() -> None:
 
 @pytest.mark.parametrize("mode", ["tree", "iid"])
 def test_a_sampler_says_how_much_its_trees_need(mode: str) -> None:
-    shape = SamplerSettings(mode=mode, width=4, segment_tokens=3, max_depth=2, branching=Uniform(first_divergence=2))
+    forks = LevelBudget(first_divergence=2)
+    shape = SamplerSettings(mode=mode, width=4, segment_tokens=3, max_depth=2, branching=forks)
     prompts = [(str(i), prompt) for i, prompt in enumerate(PROMPTS)]
     most = [len(prompt) + 4 * 3 * 2 for prompt in PROMPTS]
     engines = [LocalEngine(prepared(), with_room(tokens, 64)) for tokens in (max(most), sum(most))]

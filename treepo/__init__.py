@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from treepo.engines.scripted import ScriptedEngine
     from treepo.errors import ConfigError, EngineError, TaskError, TreePOError
     from treepo.forest import Forest
+    from treepo.policies import Frontier
     from treepo.sampler import Sampler, SamplerSettings
     from treepo.tasks import Problem, Task
     from treepo.trainer import Observer, Trainer
@@ -44,6 +45,7 @@ _HOME = {
     "Engine": "engines",
     "EngineError": "errors",
     "Forest": "forest",
+    "Frontier": "policies",
     "GRPO": "advantages",
     "Handle": "engines",
     "LocalEngine": "engines.local",
@@ -87,6 +89,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Forest",
+    "Frontier",
     "Handle",
     "LocalEngine",
     "LocalSettings",

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treepo.engines import Engine, Handle, Sampling, Segment
 from treepo.errors import EngineError
-from treepo.policies.branching import Uniform
-from treepo.policies.fallback import SegmentBoundary
-from treepo.policies.stopping import EarlyStop
+from treepo.policies import Frontier
+from treepo.policies.branching import AnyBranching, LevelBudget
+from treepo.policies.fallback import AnyFallback, SegmentBoundary
+from treepo.policies.stopping import AnyStopping, EarlyStop
 from treepo.seeds import derive, generator
 from treepo.settings import Settings
 from treepo.tree import ROOT, Stop, Tree
@@ -31,13 +32,25 @@ class SamplerSettings(Settings):
     mode: Literal["tree", "iid"] = Field(
         "tree", description="iid: `width` independent responses, a tree of one level, as GRPO samples them."
     )
-    width: int = Field(16, ge=1, description="Leaves per tree.")
+    width: int = Field(16, ge=1, description="Leaves per tree; with `token_budget`, the most.")
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="Response tokens per tree, a shared one counted once per leaf, in place of a fixed number of "
+        "leaves: as many as make it up, judged by the mean length of the tree's paths so far.",
+    )
+    min_width: int = Field(1, ge=1, description="Fewest leaves of a tree with a `token_budget`.")
     segment_tokens: int = Field(256, ge=1, description="Most tokens decoded between two decisions.")
     max_depth: int = Field(14, ge=1, description="Most segments on a path.")
     sampling: Sampling = Sampling()
-    branching: Uniform = Uniform()
-    stopping: EarlyStop = EarlyStop()
-    fallback: SegmentBoundary = SegmentBoundary()
+    branching: AnyBranching = Field(LevelBudget(), description="Where and how often a tree forks.")
+    stopping: AnyStopping = Field(EarlyStop(), description="When a path ends.")
+    trim: bool = Field(
+        False,
+        description="An answer or a stop string ends its leaf with the token that completes it: what the segment goes "
+        "on with is dropped.",
+    )
+    fallback: AnyFallback = Field(SegmentBoundary(), description="Where a tree grows again when it has run dry.")
     retries: int = Field(2, ge=0, description="Times that a failed request is sent again before its leaf is given up.")
 
     @property
@@ -60,14 +73,27 @@ class SamplerSettings(Settings):
         """Most levels of a tree."""
         return 1 if self.mode == "iid" else self.max_depth
 
-    def first(self, rng: Random) -> int:
-        """Children of the root."""
-        return self.width if self.mode == "iid" else self.branching.first(self.width, rng)
+    def wanted(self, lengths: Sequence[int]) -> int:
+        """Leaves that a tree should have, judged by these lengths in response tokens ([]: nothing is known yet).
+
+        Source: the code released with arXiv 2508.17445. Ours: while nothing is known, a leaf is taken to be as long as
+        it may be, so that a tree starts with the number of leaves that is sure to fit.
+        """
+        if self.token_budget is None or self.mode == "iid":
+            return self.width
+        length = sum(lengths) / len(lengths) if lengths else self.response_tokens
+        return max(self.min_width, min(self.width, int(self.token_budget / length)))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.token_budget is not None and self.min_width > self.width:
+            raise ValueError(f"min_width {self.min_width} is above width {self.width}")
+        return self
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns prompts into trees of exactly `width` leaves each, on any engine.
+    """Turns prompts into trees of exactly `width` leaves each, on any engine; see `grow` for the exceptions.
 
     The same seed gives the same trees, in whatever order the engine replies: every random choice is keyed by (seed, key
     of the prompt, place in the tree), and children join the tree in the order in which they were asked for.
@@ -101,27 +127,39 @@ class Sampler:
         return asyncio.run(all_trees())
 
     async def grow(self, prompt: Sequence[int], key: str, seed: int, progress: float = 0.0) -> Tree:
-        """One tree of exactly `width` leaves; a leaf whose requests failed again and again ends in `Stop.ERROR`."""
-        settings = self.settings
+        """One tree of exactly `width` leaves; a leaf whose requests failed again and again ends in `Stop.ERROR`.
+
+        With a `token_budget` it has `min_width` to `width` leaves, and would still have fewer than the budget allows if
+        one were missing. It may also have fewer if the fallback names no place to go on from.
+        """
+        settings, iid = self.settings, self.settings.mode == "iid"
         tree = Tree(prompt, key=key, seed=derive(seed, key))
-        handle = await self.engine.open(tree, settings.sampling, self.stop_ids, len(tree.prompt) + settings.tree_tokens)
+        handle = await self.engine.open(
+            tree,
+            settings.sampling,
+            self.stop_ids,
+            len(tree.prompt) + settings.tree_tokens,
+            entropies=not iid and settings.branching.needs_entropies,
+        )
         try:
-            plan = {ROOT: settings.first(generator(seed, key, "first"))}  # node -> children to open
-            finished: list[int] = []
-            level = 0
-            while plan:
-                level += 1
+            active, finished, level = [ROOT], list[int](), 0
+            while True:
+                ended = [node for node in active if tree.nodes[node].stop is not None]
+                active = [node for node in active if tree.nodes[node].stop is None]
+                finished += ended
                 rng = generator(seed, key, "level", level)
-                born = await self._decode(handle, tree, plan)
-                active = [node for node in born if tree.nodes[node].stop is None]
-                leaves = [node for node in born if tree.nodes[node].stop is not None]
-                finished += leaves
-                remaining = settings.width - len(finished)
-                if active:
-                    shares = settings.branching(tree, active, len(leaves), remaining, rng, progress)
-                    plan = dict(zip(active, shares, strict=True))
+                width = settings.wanted(self._lengths(tree, active, finished))
+                frontier = Frontier(tree, active, finished, len(ended), width, settings.levels, progress, rng)
+                if iid:
+                    plan = {ROOT: width} if active else {}
+                elif active:
+                    plan = dict(zip(active, settings.branching(frontier), strict=True))
                 else:
-                    plan = self._fall_back(tree, finished, remaining, rng) if remaining else {}
+                    plan = self._fall_back(frontier) if frontier.remaining > 0 else {}
+                if not plan:
+                    break
+                active = await self._decode(handle, tree, plan)
+                level += 1
         finally:
             handle.close()
         return tree
@@ -140,12 +178,19 @@ class Sampler:
                 self.failures[tree.key, leaf] = str(reply)
                 born.append(leaf)
                 continue
-            child = tree.add(
-                node, reply.tokens, reply.logprobs, seed=seed, version=reply.version, entropies=reply.entropies
+            stop, kept = self._judge(tree, node, reply.tokens)
+            entropies = None if reply.entropies is None else reply.entropies[:kept]
+            born.append(
+                tree.add(
+                    node,
+                    reply.tokens[:kept],
+                    reply.logprobs[:kept],
+                    seed=seed,
+                    version=reply.version,
+                    stop=stop,
+                    entropies=entropies,
+                )
             )
-            if (stop := self._stop(tree, child)) is not None:
-                tree.finish(child, stop)
-            born.append(child)
         return born
 
     async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:
@@ -159,23 +204,47 @@ class Sampler:
                 failure = error
         return failure
 
-    def _stop(self, tree: Tree, node: int) -> Stop | None:
-        settings = self.settings
-        return settings.stopping(
-            lambda: self.decode(tree.response(node)),
-            eos=tree.nodes[node].tokens[-1] in self.stop_ids,
-            length=tree.response_length(node) >= settings.response_tokens,
-            depth=tree.nodes[node].depth >= settings.levels,
-        )
+    def _judge(self, tree: Tree, parent: int, new: Sequence[int]) -> tuple[Stop | None, int]:
+        """Whether the path that goes on after `parent` with the tokens `new` ends, and how many of them it keeps."""
+        settings, before = self.settings, tree.response(parent)
 
-    def _fall_back(self, tree: Tree, finished: Sequence[int], remaining: int, rng: Random) -> dict[int, int]:
-        branching, plan = self.settings.branching, Counter[int]()
-        wanted = -(-remaining // branching.again(remaining))
-        for leaf, kept in self.settings.fallback(tree, finished, wanted, rng):
-            children = branching.again(remaining)
-            plan[tree.cut(leaf, kept)] += children
-            remaining -= children
+        def judged(kept: int, **reached: bool) -> Stop | None:
+            return settings.stopping(lambda: self.decode([*before, *new[:kept]]), **reached)
+
+        length = len(before) + len(new) >= settings.response_tokens
+        depth = tree.nodes[parent].depth + 1 >= settings.levels
+        stop = judged(len(new), eos=new[-1] in self.stop_ids, length=length, depth=depth)
+        if stop is None:
+            return Stop.LENGTH if length else Stop.DEPTH if depth else None, len(new)
+        if not settings.trim:
+            return stop, len(new)
+        # The first token with which an answer or a stop string is there: once there, it stays.
+        complete = (Stop.ANSWER, Stop.STOP_STRING)
+        kept = bisect_left(
+            range(1, len(new)), True, key=lambda n: judged(n, eos=False, length=False, depth=False) in complete
+        )
+        if kept + 1 == len(new):
+            return stop, len(new)
+        return judged(kept + 1, eos=False, length=False, depth=False), kept + 1
+
+    def _fall_back(self, frontier: Frontier) -> dict[int, int]:
+        plan, remaining = Counter[int](), frontier.remaining
+        children = self.settings.branching.again(frontier)
+        for leaf, kept in self.settings.fallback(frontier, -(-remaining // children)):
+            plan[frontier.tree.cut(leaf, kept)] += min(children, remaining)
+            remaining -= min(children, remaining)
         return dict(plan)
+
+    def _lengths(self, tree: Tree, active: Sequence[int], finished: Sequence[int]) -> list[int]:
+        """Response tokens of the leaves (but for failed ones) and, once there is one, of the active paths.
+
+        These count with the segment that they are about to get: early leaves are short ones, and alone would mislead.
+        """
+        known = [tree.response_length(leaf) for leaf in finished if tree.nodes[leaf].stop is not Stop.ERROR]
+        if not known:
+            return []
+        most, more = self.settings.response_tokens, self.settings.level_tokens
+        return known + [min(most, tree.response_length(node) + more) for node in active]
 
     @staticmethod
     def _seed(tree: Tree, node: int, ordinal: int) -> int:

@@ -27,6 +27,7 @@ class Stop(StrEnum):
     """Why a leaf ended."""
 
     ANSWER = "answer"  # the response holds a complete final answer
+    STOP_STRING = "stop_string"  # the response holds a text that ends it
     EOS = "eos"  # an end-of-sequence token
     LENGTH = "length"  # the response budget is spent
     DEPTH = "depth"  # the path has as many segments as it may

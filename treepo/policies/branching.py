@@ -2,69 +2,234 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
-from typing import Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator
 
+from treepo.errors import ConfigError
+from treepo.policies import Frontier
+from treepo.policies.own import Own, kind_of, one_of
 from treepo.settings import Settings
-from treepo.tree import Tree
+from treepo.tree import ROOT, Tree
+
+Range = tuple[int, int]
 
 
 class Branching(Protocol):
     """Gives out a level's budget of children."""
 
-    def first(self, width: int, rng: Random) -> int:
-        """Children of the root, 1 to `width`."""
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether the nodes must know the entropies of their tokens."""
         ...
 
-    def __call__(
-        self, tree: Tree, active: Sequence[int], finished_now: int, remaining: int, rng: Random, progress: float
-    ) -> list[int]:
-        """Children (at least one) of each `active` node, at most `remaining` in all.
-
-        `finished_now` leaves were born on this level; `remaining` leaves are still owed; `progress` is the part of the
-        training that is done, 0 to 1.
-        """
+    def __call__(self, frontier: Frontier) -> list[int]:
+        """Children (at least one) of each active node, at most `max(frontier.remaining, active nodes)` in all."""
         ...
 
-    def again(self, remaining: int) -> int:
-        """Children of a node that the tree falls back to, 1 to `remaining`."""
+    def again(self, frontier: Frontier) -> int:
+        """Children of a node that a dry tree falls back to, 1 to `frontier.remaining`."""
         ...
 
 
-class Uniform(Settings):
-    """Every active path gets an even share; the budget of paths that just finished goes to those alive.
+class LevelBudget(Settings):
+    """A level's budget is `divergence` children per path, split over the active paths by `allocation`.
 
-    Source: arXiv 2508.17445, algorithm 1 and section 2.3. Ours: what does not divide evenly goes, one child each, to
-    paths drawn at random (the released code gives all of it to the last path).
+    Every active path goes on at least once, and a tree never owes more leaves than its width. What `transfer` hands on
+    is the budget of the paths that ended on the level just decoded. Shares: one child each, the rest in proportion to
+    softmax(s x / T) by largest remainder, ties at random; x is the mean log-prob (or entropy) of the path's last
+    segment, s = -1 for `low_prob`, else +1; `uniform` weighs all alike.
+
+    Source: arXiv 2508.17445, algorithm 1, sections 2.3 and 4.4. Ours: the remainder of an even split goes to paths
+    drawn at random (the released code gives all of it to the last path); `entropy`; `spread`, `start` and `every`; the
+    shape of the schedule, half a cosine.
     """
 
-    divergence: int = Field(2, ge=1, description="Children per active path and level (the paper's N or b).")
-    first_divergence: int | tuple[int, int] = Field(
-        (2, 8), description="Children of the root: a number, or a range [low, high] to draw from per query."
+    kind: Literal["budget"] = "budget"
+    divergence: int | Range | Literal["spread"] = Field(
+        2,
+        description="Children per active path and level (the paper's N or b): a number, or a range [low, high] to draw "
+        "from per level. spread: as many as make the leaves grow geometrically to the width over the whole depth.",
+    )
+    first_divergence: int | Range | None = Field(
+        (2, 8),
+        description="Children of the root: a number, or a range [low, high] to draw from per query; null: the root is "
+        "a path like any other.",
+    )
+    start: int = Field(0, ge=0, description="Paths of fewer segments do not fork (the root does, by first_divergence).")
+    every: int = Field(1, ge=1, description="Fork only after every so many segments, counted from `start`.")
+    transfer: bool = Field(True, description="Give the budget of paths that have just ended to those alive.")
+    allocation: Literal["uniform", "low_prob", "high_prob", "entropy"] = Field(
+        "uniform",
+        description="Which paths get more of a level's budget: all alike, the unlikely, the likely, or those whose "
+        "next-token distributions had much entropy.",
+    )
+    over: Literal["segment", "path", "path_sum"] = Field(
+        "segment",
+        description="What an unequal allocation judges a path by: the mean over its last segment, or the mean or sum "
+        "over its whole response.",
+    )
+    temperature: float | tuple[float, float] = Field(
+        2.0,
+        description="Of the softmax of an unequal allocation, in nats: the higher, the more equal. [from, to]: moves "
+        "over the training by half a cosine; the paper's schedule is [5.0, 1.0].",
     )
 
-    @field_validator("first_divergence")
+    @field_validator("divergence", "first_divergence")
     @classmethod
-    def _sensible(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _sensible(cls, value: int | Range | str | None) -> int | Range | str | None:
+        if value is None or isinstance(value, str):
+            return value
         low, high = (value, value) if isinstance(value, int) else value
         if not 1 <= low <= high:
             raise ValueError("give a number of at least 1, or a range [low, high] with 1 <= low <= high")
         return value
 
-    def first(self, width: int, rng: Random) -> int:
-        value = self.first_divergence
-        return min(width, value if isinstance(value, int) else rng.randint(*value))
+    @field_validator("temperature")
+    @classmethod
+    def _positive(cls, value: float | tuple[float, float]) -> float | tuple[float, float]:
+        if min(value if isinstance(value, tuple) else (value,)) <= 0:
+            raise ValueError("give a number above 0, or two of them [from, to]")
+        return value
 
-    def __call__(
-        self, tree: Tree, active: Sequence[int], finished_now: int, remaining: int, rng: Random, progress: float
-    ) -> list[int]:
-        total = max(len(active), min(remaining, self.divergence * (finished_now + len(active))))
-        share, rest = divmod(total, len(active))
-        extra = set(rng.sample(range(len(active)), rest))
-        return [share + (i in extra) for i in range(len(active))]
+    @property
+    def needs_entropies(self) -> bool:
+        return self.allocation == "entropy"
 
-    def again(self, remaining: int) -> int:
-        return min(self.divergence, remaining)
+    def __call__(self, frontier: Frontier) -> list[int]:
+        active, rng = frontier.active, frontier.rng
+        if active[0] == ROOT and self.first_divergence is not None:
+            return [min(frontier.width, _drawn(self.first_divergence, rng))]
+        forking = [i for i, node in enumerate(active) if self._forks(frontier.tree.nodes[node].depth)]
+        shares = [1] * len(active)
+        if not forking:
+            return shares
+        rest = min(frontier.remaining - len(active), self._budget(frontier, len(forking)) - len(forking))
+        if rest > 0:
+            weights = self._weights(frontier, [active[i] for i in forking])
+            for i, more in zip(forking, apportion(rest, weights, rng), strict=True):
+                shares[i] += more
+        return shares
+
+    def again(self, frontier: Frontier) -> int:
+        if self.divergence == "spread":
+            growth = 1 if self.start >= frontier.levels else self._target(frontier, self.start)
+            return min(frontier.remaining, growth)
+        return min(frontier.remaining, _drawn(self.divergence, frontier.rng))
+
+    def _forks(self, depth: int) -> bool:
+        return depth >= self.start and (depth - self.start) % self.every == 0
+
+    def _budget(self, frontier: Frontier, forking: int) -> int:
+        """Children of the `forking` paths together, before the tree's width bounds them."""
+        finished, active = len(frontier.finished), len(frontier.active)
+        if self.divergence != "spread":
+            transferred = frontier.finished_now if self.transfer else 0
+            return _drawn(self.divergence, frontier.rng) * (forking + transferred)
+        depth = max(frontier.tree.nodes[node].depth for node in frontier.active)
+        target = self._target(frontier, depth)
+        if self.transfer:
+            return target - finished - (active - forking)
+        return round(forking * target / (finished + active))
+
+    def _target(self, frontier: Frontier, depth: int) -> int:
+        """Paths that a tree which spreads its forks has until it may fork again, when it forks at `depth`."""
+        grown = min(1.0, (depth + self.every - self.start) / (frontier.levels - self.start))
+        return round(math.pow(frontier.width, grown))
+
+    def _weights(self, frontier: Frontier, paths: Sequence[int]) -> list[float]:
+        """[len(paths)] shares of a budget, positive and summing to 1."""
+        if self.allocation == "uniform" or len(paths) == 1:
+            return [1 / len(paths)] * len(paths)
+        sign = -1.0 if self.allocation == "low_prob" else 1.0
+        return softmax([sign * self._merit(frontier.tree, path) for path in paths], self._heat(frontier.progress))
+
+    def _merit(self, tree: Tree, path: int) -> float:
+        """What an unequal allocation compares: log-probs or entropies in nats."""
+        values: list[float] = []
+        for node in [path] if self.over == "segment" else tree.path(path)[1:]:
+            known = tree.nodes[node].entropies if self.allocation == "entropy" else tree.nodes[node].logprobs
+            if known is None:
+                raise ConfigError(
+                    "sampler.branching.allocation: entropy wants the entropies of tokens, and the engine gives none: "
+                    "take another engine, or low_prob"
+                )
+            values += known
+        return math.fsum(values) / (1 if self.over == "path_sum" else len(values))
+
+    def _heat(self, progress: float) -> float:
+        if not isinstance(self.temperature, tuple):
+            return self.temperature
+        start, end = self.temperature
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class OwnBranching(Own):
+    """A class of yours: with `__call__(frontier)` and `again(frontier)` as `Branching` has them.
+
+    An attribute `needs_entropies` that is true makes the nodes know their tokens' entropies.
+    """
+
+    calls: ClassVar[dict[str, Any]] = {"__call__": Branching.__call__, "again": Branching.again}
+
+    @property
+    def needs_entropies(self) -> bool:
+        return bool(getattr(self.policy, "needs_entropies", False))
+
+    def __call__(self, frontier: Frontier) -> list[int]:
+        shares: Any = self.policy(frontier)
+        paths = len(frontier.active)
+        most = max(frontier.remaining, paths)
+        if (
+            not isinstance(shares, Sequence)
+            or len(shares) != paths
+            or not all(isinstance(share, int) and share >= 1 for share in shares)
+            or sum(shares) > most
+        ):
+            raise self._refuse(
+                f"gave {shares!r} children to {paths} active paths: it must return a list of {paths} whole numbers of "
+                f"at least 1, with a sum of at most {most} (max of frontier.remaining and the number of active paths)"
+            )
+        return list(shares)
+
+    def again(self, frontier: Frontier) -> int:
+        children: Any = self.policy.again(frontier)
+        if not isinstance(children, int) or not 1 <= children <= frontier.remaining:
+            raise self._refuse(
+                f"wants {children!r} children where a tree falls back to: `again` must return a whole number from 1 to "
+                f"{frontier.remaining} (frontier.remaining)"
+            )
+        return children
+
+
+AnyBranching = Annotated[
+    Annotated[LevelBudget, Tag("budget")] | Annotated[OwnBranching, Tag("own")],
+    Discriminator(kind_of("budget")),
+    one_of("budget"),
+]
+
+
+def softmax(values: Sequence[float], temperature: float) -> list[float]:
+    """Weights in proportion to exp(value / temperature)."""
+    highest = max(values)
+    weights = [math.exp((value - highest) / temperature) for value in values]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
+
+
+def apportion(total: int, weights: Sequence[float], rng: Random) -> list[int]:
+    """Split `total` in proportion to `weights` (which sum to 1) by largest remainder, ties at random."""
+    quotas = [total * weight for weight in weights]
+    parts = [math.floor(quota) for quota in quotas]
+    order = rng.sample(range(len(weights)), len(weights))
+    order.sort(key=lambda i: parts[i] - quotas[i])
+    for i in order[: total - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
+def _drawn(value: int | Range, rng: Random) -> int:
+    return value if isinstance(value, int) else rng.randint(*value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
+from treepo.policies.own import Own, kind_of, one_of
 from treepo.settings import Settings
 from treepo.tasks.math import boxed
 from treepo.tree import Stop
@@ -20,29 +21,37 @@ class Stopping(Protocol):
         """Judge the whole response so far.
 
         `text()` decodes it (only if asked); `eos`: its last token is an EOS; `length`: the response budget is spent;
-        `depth`: it has as many segments as it may.
+        `depth`: it has as many segments as it may. A path at one of these two bounds ends whatever is returned.
         """
         ...
 
 
 class EarlyStop(Settings):
-    """Answer complete, EOS, length, depth, repetition; the first that holds names the leaf's `Stop`.
+    """Answer complete, stop string, EOS, length, depth, repetition; the first that holds names the leaf's `Stop`.
 
     Source: arXiv 2508.17445, section 2.3. Ours: every rule sees the whole response, so that a box or a pattern that
-    straddles two segments is seen (the released code looks at the last segment only). Known false positive of the
-    repetition rule: exact repeats inside ordinary text, such as a rule of 39 dashes.
+    straddles two segments is seen (the released code looks at the last segment only); stop strings. Known false
+    positive of the repetition rule: exact repeats inside ordinary text, such as a rule of 39 dashes.
     """
 
-    answer: Literal["alone", "with_eos"] = Field(
-        "alone", description="alone: a closed \\boxed{...} ends the path; with_eos: only together with an EOS."
+    kind: Literal["early"] = "early"
+    answer: Literal["alone", "with_eos", "ignored"] = Field(
+        "alone",
+        description="alone: a closed \\boxed{...} ends the path; with_eos: only together with an EOS; ignored: it does "
+        "not count, only EOS does.",
+    )
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Texts that end the path, looked for in the decoded response (without special tokens)."
     )
     repetition_chars: int = Field(32, ge=1, description="Length of the substring that counts as a repeat.")
     repetition_count: int = Field(8, ge=0, description="So many occurrences end the path; 0 switches the rule off.")
 
     def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
         response = text()
-        if (eos or self.answer == "alone") and boxed(response) is not None:
+        if (self.answer == "alone" or (self.answer == "with_eos" and eos)) and boxed(response) is not None:
             return Stop.ANSWER
+        if any(string in response for string in self.stop_strings):
+            return Stop.STOP_STRING
         if eos:
             return Stop.EOS
         if length:
@@ -60,3 +69,23 @@ class EarlyStop(Settings):
         if len(windows) - len(set(windows)) < count - 1:
             return False
         return max(Counter(windows).values(), default=0) >= count
+
+
+class OwnStopping(Own):
+    """A class of yours: with `__call__(text, *, eos, length, depth)` as `Stopping` has it."""
+
+    calls: ClassVar[dict[str, Any]] = {"__call__": Stopping.__call__}
+
+    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+        stop: Any = self.policy(text, eos=eos, length=length, depth=depth)
+        if stop is None or (isinstance(stop, Stop) and stop is not Stop.ERROR):
+            return stop
+        allowed = ", ".join(f"Stop.{s.name}" for s in Stop if s is not Stop.ERROR)
+        raise self._refuse(f"returned {stop!r}: it must return None or one of {allowed} (from treepo import Stop)")
+
+
+AnyStopping = Annotated[
+    Annotated[EarlyStop, Tag("early")] | Annotated[OwnStopping, Tag("own")],
+    Discriminator(kind_of("early")),
+    one_of("early"),
+]

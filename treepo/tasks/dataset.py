@@ -6,9 +6,7 @@ computed. JSON is read here rather than through `datasets`, which knows no line 
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from treepo.errors import ConfigError, TaskError, nearest
+from treepo.named import named
 from treepo.seeds import derive
 from treepo.settings import Settings
 from treepo.tasks import Problem, Split
@@ -271,19 +270,8 @@ def _line(error: Exception) -> str:
 
 @lru_cache(16)
 def _function(spec: str) -> Callable[..., Any]:
-    """The user's reward function `module:function`; modules in the current directory are found."""
-    module_name, _, name = spec.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    """The user's reward function `module:function`."""
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        raise TaskError(
-            f"task.reward: cannot import {module_name!r}: {type(error).__name__}: {_line(error)}"
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        what = "is not callable" if function is not None else "does not exist"
-        raise TaskError(f"task.reward: {name!r} in {module_name!r} {what}{nearest(name, known)}")
-    return function  # type: ignore[no-any-return]
+        return named(spec)
+    except ConfigError as error:
+        raise TaskError(f"task.reward: {error}") from error
