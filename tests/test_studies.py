@@ -308,7 +308,11 @@ def test_every_arm_of_every_study_is_a_valid_configuration(tmp_path: Path) -> No
     config = small_config(tmp_path, "sampler.segment_tokens=4", "sampler.max_depth=4")
     for name in STUDIES:
         found = find(name)
-        arms = found.arms_at(config, {"i.i.d.": 4, "tree": 6}) if isinstance(found, Headline) else found.arms(config)
+        arms = (
+            found.arms_at(config, {"i.i.d.": 4, "tree": 6, "spread": 9})
+            if isinstance(found, Headline)
+            else found.arms(config)
+        )
         resolved = [changed(config, overrides) for overrides in arms.values()]
         assert len({r.model_dump_json() for r in resolved}) == len(arms), f"two arms of {name} are the same"
 
@@ -337,7 +341,7 @@ def test_rates_are_chosen_by_the_sweep_and_queries_by_tokens(config: Config) -> 
             if cell.stage == "start":
                 done[cell] = {"model": f"m{cell.seed}"}
             elif cell.stage == TOKENS:
-                done[cell] = {"tokens_per_query": {"iid": 300.0, "tree": 200.0}[arm.sampler.mode]}
+                done[cell] = {"tokens_per_query": {"i.i.d.": 300.0, "tree": 200.0, "spread": 150.0}[cell.arm]}
             elif cell.stage == SWEEP and arm.sampler.mode == "iid" and arm.trainer.lr > 2e-3:
                 done[cell] = {"failed": "the gradient is not finite"}
             else:
@@ -350,6 +354,7 @@ def test_rates_are_chosen_by_the_sweep_and_queries_by_tokens(config: Config) -> 
         "grpo on trees": 3e-3,
         "treepo": 3e-3,
         "treepo, 6 queries": 3e-3,
+        "spread, 8 queries": 3e-3,
     }
     assert main["treepo, 6 queries"].trainer.prompts_per_step == 6 and main["treepo"].trainer.prompts_per_step == 4
     assert all(r.model.path.startswith("m") and r.model.create is None and r.warmup is None for r in main.values())

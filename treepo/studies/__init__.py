@@ -20,6 +20,8 @@ STUDIES = {
     "overlap": ("sampling", "Overlap", "how much of independent responses coincides, so that a tree could share it"),
     "efficiency": ("sampling", "Efficiency", "trajectories per second by depth, divergence and width, against i.i.d."),
     "segment": ("training", "Segment", "training with several segment lengths at one response budget"),
+    "branching": ("training", "Branching", "training with several ways to give out forks"),
+    "fallback": ("training", "Fallback", "training with several places to go on from when a tree has run dry"),
     "advantage": ("training", "Advantage", "training with several advantages on the same trees"),
     "divergence": ("training", "Divergence", "training with several numbers of first forks"),
     "compute": ("sampling", "Compute", "maj@k and pass@k against generated tokens, trees and i.i.d."),

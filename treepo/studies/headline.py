@@ -32,12 +32,12 @@ SWEEP_SEED = 1000  # the first seed of the sweep: its runs decide on rates, and 
 
 
 class Headline(Training):
-    """GRPO, GRPO on trees and TreePO at equal leaves; TreePO at equal tokens too; learning rates swept per arm.
+    """GRPO, GRPO on trees and TreePO at equal leaves; trees at equal tokens too; learning rates swept per arm.
 
-    Three stages. How many tokens a query of each shape takes is measured with the starting model, and gives the number
-    of queries with which trees spend as much as independent answers do. Learning rates are chosen per arm with seeds
-    of their own, by the mean accuracy over the run: one rate tuned for one arm would decide the winner. Then the
-    chosen ones run with fresh seeds.
+    The last arm spreads its forks over the whole depth. Three stages. How many tokens a query of each shape takes is
+    measured with the starting model, and gives the number of queries with which trees spend as much as independent
+    answers do. Learning rates are chosen per arm with seeds of their own, by the mean accuracy over the run: one rate
+    tuned for one arm would decide the winner. Then the chosen ones run with fresh seeds.
     """
 
     title: ClassVar[str] = "Headline"
@@ -54,18 +54,23 @@ class Headline(Training):
 
     def shapes(self, config: Config) -> dict[str, tuple[str, ...]]:
         """Ways to sample: name -> overrides. The first is that of independent answers."""
-        return {"i.i.d.": ("sampler.mode=iid",), "tree": ("sampler.mode=tree",)}
+        spread = "sampler.branching={divergence: spread, first_divergence: null}"
+        return {
+            "i.i.d.": ("sampler.mode=iid",),
+            "tree": ("sampler.mode=tree",),
+            "spread": ("sampler.mode=tree", spread),
+        }
 
     def arms_at(self, config: Config, queries: dict[str, int]) -> dict[str, tuple[str, ...]]:
         """Name -> overrides, where `queries` of each shape cost as much as the configuration's independent ones."""
         shapes = self.shapes(config)
-        tree, grpo = shapes["tree"], "advantage={kind: grpo}"
-        as_many = f"trainer.prompts_per_step={queries['tree']}"
+        tree, spread, grpo = shapes["tree"], shapes["spread"], "advantage={kind: grpo}"
         return {
             "grpo": (*shapes["i.i.d."], grpo),
             "grpo on trees": (*tree, grpo),
             "treepo": tree,
-            f"treepo, {queries['tree']} queries": (*tree, as_many),
+            f"treepo, {queries['tree']} queries": (*tree, f"trainer.prompts_per_step={queries['tree']}"),
+            f"spread, {queries['spread']} queries": (*spread, f"trainer.prompts_per_step={queries['spread']}"),
         }
 
     def cells(self, config: Config, done: Results) -> list[Cell]:
@@ -133,7 +138,7 @@ class Headline(Training):
             panels=curves(arms),
             notes=(
                 f"At equal leaves every arm has {config.trainer.prompts_per_step} queries of {config.sampler.width} "
-                "leaves a step; the arm with more queries generates as many tokens a step as grpo, at the start.",
+                "leaves a step; arms with more queries generate as many tokens a step as grpo, at the start.",
                 "Differences and ratios are to the first arm, seed by seed; intervals are 95 %, Student's t.",
             ),
         )

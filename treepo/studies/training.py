@@ -207,6 +207,49 @@ class Segment(Training):
         }
 
 
+class Branching(Training):
+    """Ways to give out a level's budget of children, and places to fork."""
+
+    title: ClassVar[str] = "Branching"
+    question: ClassVar[str] = "Which paths should fork, and where on the way? (arXiv 2508.17445, section 4.4)"
+
+    def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
+        budget = "sampler.branching={{divergence: 2, first_divergence: 2, {}}}"
+        arms = {
+            "uniform": budget.format("allocation: uniform"),
+            "low prob": budget.format("allocation: low_prob"),
+            "low prob, scheduled": budget.format("allocation: low_prob, temperature: [5.0, 1.0]"),
+            "high prob": budget.format("allocation: high_prob"),
+            "entropy": budget.format("allocation: entropy"),
+            "every second level": budget.format("every: 2"),
+            "no transfer": budget.format("transfer: false"),
+            "spread": "sampler.branching={divergence: spread, first_divergence: null}",
+        }
+        return {name: (override,) for name, override in arms.items()}
+
+
+class Fallback(Training):
+    """Places where a tree that has run dry grows again."""
+
+    title: ClassVar[str] = "Fallback"
+    question: ClassVar[str] = "Where should a tree that has run dry grow again? (arXiv 2508.17445, section 4.4)"
+
+    def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
+        # Misaligned: a window that is no multiple of the segment, nor the other way round.
+        window = config.sampler.segment_tokens // 2 + 1
+        arms = {
+            "segment": "{kind: segment}",
+            f"grid of {window}": f"{{kind: grid, window: {window}}}",
+            "root": "{kind: root}",
+            "lowest log-prob": "{kind: lowest_logprob}",
+            "block, low": f"{{kind: block, window: {window}, prefer: low}}",
+            "block, high": f"{{kind: block, window: {window}, prefer: high}}",
+            "longest first": "{kind: segment, order: longest_first}",
+            "none": "{kind: none}",
+        }
+        return {name: (f"sampler.fallback={value}",) for name, value in arms.items()}
+
+
 class Advantage(Training):
     """Ways to give credit, on the same trees."""
 
