@@ -160,6 +160,12 @@ def test_a_tree_with_a_token_budget_ends_near_it_whether_its_leaves_are_long_or_
     assert max(long[1]) < max(short[1]) and len(short[1]) > 3
 
 
+def test_failed_leaves_say_nothing_about_lengths() -> None:
+    grow = sampler(ScriptedEngine(never_ends, failure_rate=1.0), width=8, token_budget=60)
+    (tree,) = grow.sample([("q", [2])], 0)
+    assert len(tree.leaves()) == 3, "as many responses of 20 tokens as are sure to fit"
+
+
 def test_the_fewest_leaves_of_a_token_budget_cannot_be_more_than_the_most() -> None:
     with pytest.raises(ValueError, match="min_width 9 is above width 8"):
         SamplerSettings(width=8, min_width=9, token_budget=10)
