@@ -171,7 +171,7 @@ class Efficiency(Sampling):
 
     seeds: int = Field(3, ge=1, description="Repeats of every measurement.")
     response_tokens: int = Field(512, ge=1, description="Tokens of every response (the paper: 7000).")
-    segment_tokens: list[int] = Field([32, 64, 128, 256], min_length=1, description="Lengths that divide it.")
+    segment_tokens: list[int] = Field([64, 128, 256], min_length=1, description="Lengths that divide it.")
     divergences: list[int] = Field([2, 4, 8], min_length=1, description="Children per path and level, first included.")
     rollouts: list[int] = Field([4, 16, 64], min_length=1, description="Responses per prompt.")
     rows: int = Field(128, ge=1, description="Responses in all, of so many prompts as that takes.")
