@@ -244,11 +244,11 @@ def test_a_packed_prefill_equals_one_of_each_prompt(most: int) -> None:
 @pytest.mark.parametrize("slots", [3, 7, 64])
 def test_steps_that_are_recorded_and_replayed_draw_the_same_trees(slots: int) -> None:
     class Replaying(LocalEngine):
-        def _decoder(self) -> kvcache.Steps:
-            steps = super()._decoder()
-            steps.graphs = True
-            sizes.update(steps._recorded)
-            return steps
+        def _decoder(self) -> Any:
+            slots = super()._decoder()
+            slots.steps.graphs = True
+            sizes.update(slots.steps._recorded)
+            return slots
 
     sizes: set[tuple[int, int]] = set()
     trees = forest(Replaying(prepared(), LocalSettings(slots=slots)))
@@ -347,7 +347,7 @@ def test_closing_a_tree_frees_its_key_values_and_closing_the_last_one_frees_the_
         first.close()
         assert engine.cached_tokens == kept[1]
         second.close()
-        assert engine.cached_tokens == 0 and engine._steps is None
+        assert engine.cached_tokens == 0 and engine._slots is None
         with pytest.raises(RuntimeError, match="closed"):
             await first.generate(ROOT, 1, 0)
 
