@@ -16,6 +16,7 @@ from treepo.engines.pages import Reads
 from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
+FEW = range(3, 9)  # rows of queries that MKL multiplies up to twice as fast as columns
 FIRST = 128  # positions of the first allocation: short contexts are allocated once
 PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 
@@ -126,12 +127,16 @@ class Shared(Decode):
 
 def _part(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of q [b, m, d] to `keys` and `values` [b, t, d] alone, and its log-sum-exps [b, m, 1]."""
-    scores = torch.bmm(q, keys.transpose(1, 2))
+    if q.shape[1] in FEW:
+        scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2).contiguous()
+    else:
+        scores = torch.bmm(q, keys.transpose(1, 2))
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
-        scores = scores + bias
+        scores += bias
     weights = scores.softmax(-1)
-    return torch.bmm(weights.to(values.dtype), values).to(scores.dtype), scores.logsumexp(-1, keepdim=True)
+    total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()  # the largest weight is at least 1 / t
+    return torch.bmm(weights.to(values.dtype), values).to(scores.dtype), total
 
 
 class Steps:
