@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,6 +63,15 @@ def plain_model(family: str = "qwen2", kv_heads: int = 2, *, seed: int = 0, cont
 
 def prepared(**options: Any) -> Any:
     return causal_lm.prepare(plain_model(**options))
+
+
+def paged(size: int) -> type[LocalEngine]:
+    """An engine of pages so small that the trees of these tests have many."""
+
+    class Paged(LocalEngine):
+        page = size
+
+    return Paged
 
 
 def oracle(plain: Any, tokens: list[int], temperature: float = 1.0) -> Tensor:
@@ -154,11 +164,12 @@ def segments(engine: LocalEngine, prompt: list[int], n: int, seeds: Iterable[int
 # ------------------------------------------------------------------------------------------------ exactness
 
 
+@pytest.mark.parametrize("page", [1, 4, 8, 64])
 @pytest.mark.parametrize("slots", [3, 64])
 @pytest.mark.parametrize(("family", "kv_heads"), [("qwen2", 2), ("qwen2", 4), ("llama", 2), ("llama", 1), ("qwen3", 2)])
-def test_every_log_prob_equals_that_of_a_plain_forward(family: str, kv_heads: int, slots: int) -> None:
+def test_every_log_prob_equals_that_of_a_plain_forward(family: str, kv_heads: int, slots: int, page: int) -> None:
     plain = plain_model(family=family, kv_heads=kv_heads)
-    engine = LocalEngine(prepared(family=family, kv_heads=kv_heads), LocalSettings(slots=slots))
+    engine = paged(page)(prepared(family=family, kv_heads=kv_heads), LocalSettings(slots=slots))
     for tree in forest(engine):
         assert len(tree.leaves()) == 20
         assert worst_error(plain, tree) < 1e-5
@@ -244,11 +255,11 @@ def test_a_packed_prefill_equals_one_of_each_prompt(most: int) -> None:
 @pytest.mark.parametrize("slots", [3, 7, 64])
 def test_steps_that_are_recorded_and_replayed_draw_the_same_trees(slots: int) -> None:
     class Replaying(LocalEngine):
-        def _decoder(self) -> kvcache.Steps:
-            steps = super()._decoder()
-            steps.graphs = True
-            sizes.update(steps._recorded)
-            return steps
+        def _decoder(self) -> Any:
+            slots = super()._decoder()
+            slots.steps.graphs = True
+            sizes.update(slots.steps._recorded)
+            return slots
 
     sizes: set[tuple[int, int]] = set()
     trees = forest(Replaying(prepared(), LocalSettings(slots=slots)))
@@ -273,9 +284,10 @@ def test_a_step_is_recorded_once_for_its_sizes_and_again_when_the_cache_has_grow
     assert recorded[0] is recorded[1] is not recorded[2]
 
 
+@pytest.mark.parametrize("page", [4, 64])
 @pytest.mark.parametrize("slots", [2, 5, 64])
-def test_no_prefix_is_ever_recomputed(slots: int) -> None:
-    engine = LocalEngine(prepared(), LocalSettings(slots=slots))
+def test_no_prefix_is_ever_recomputed(slots: int, page: int) -> None:
+    engine = paged(page)(prepared(), LocalSettings(slots=slots))
     trees = forest(engine)
     assert engine.stats.prefilled_tokens == sum(len(prompt) - 1 for prompt in PROMPTS)
     assert engine.stats.decoded_tokens == sum(tree.unique_tokens for tree in trees)
@@ -347,11 +359,102 @@ def test_closing_a_tree_frees_its_key_values_and_closing_the_last_one_frees_the_
         first.close()
         assert engine.cached_tokens == kept[1]
         second.close()
-        assert engine.cached_tokens == 0 and engine._steps is None
+        assert engine.cached_tokens == 0 and engine._slots is None
         with pytest.raises(RuntimeError, match="closed"):
             await first.generate(ROOT, 1, 0)
 
     asyncio.run(run())
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+def rows_of_pages(engine: LocalEngine) -> list[list[int]]:
+    """For each row that is being decoded, how many rows read each of its pages."""
+    slots = engine._slots
+    assert slots is not None
+    readers = Counter(name for row in slots.rows for name in row.pages[: row.begin // engine.page])
+    return [[readers[name] for name in row.pages[: row.begin // engine.page]] for row in slots.rows]
+
+
+def test_what_several_rows_read_is_in_pages_and_the_rest_in_slots() -> None:
+    engine = paged(4)(prepared(), LocalSettings(slots=8))
+
+    async def run() -> None:
+        tree = Tree([1] * 6)  # key-values 0 to 5
+        handle = await engine.open(tree, Sampling(), [])
+        (trunk,) = await extend(tree, handle, (ROOT, 8, 1))  # alone
+        assert engine.stats.copied_tokens == 5 and not engine._slots._reads
+        calls = [asyncio.create_task(handle.generate(trunk, n, seed)) for n, seed in ((5, 2), (30, 3))]
+        await until(lambda: engine.stats.steps >= 10)
+        assert rows_of_pages(engine) == [[2, 2, 2]] * 2  # 13 key-values: three pages, and one for each slot
+        assert engine.stats.copied_tokens == 5 + 3 * 4 + 2
+        left = tree.add(trunk, (reply := await calls[0]).tokens, reply.logprobs, seed=2)
+        calls += [asyncio.create_task(handle.generate(left, 30, seed)) for seed in (4, 5)]
+        await until(lambda: engine.stats.steps >= 16)
+        assert sorted(rows_of_pages(engine)) == [[3, 3, 3], [3, 3, 3, 2], [3, 3, 3, 2]]
+        calls[1].cancel()
+        calls[2].cancel()
+        await until(lambda: engine.stats.steps >= 20)
+        assert rows_of_pages(engine) == [[1, 1, 1, 1]]  # it stays where it is
+        last = tree.add(left, (reply := await calls[3]).tokens, reply.logprobs, seed=5)
+        expected = oracle(plain_model(), tree.tokens(last))[-30:]
+        assert torch.allclose(expected, torch.tensor(reply.logprobs), atol=1e-5)
+        handle.close()
+
+    asyncio.run(run())
+
+
+def test_siblings_that_join_one_after_the_other_share_their_pages() -> None:
+    engine = paged(4)(prepared(), LocalSettings(slots=2))
+
+    async def run() -> None:
+        tree = Tree([1] * 10)
+        handle = await engine.open(tree, Sampling(), [])
+        other = await engine.open(Tree([2] * 3), Sampling(), [])
+        calls = [asyncio.create_task(other.generate(ROOT, n, n)) for n in (5, 9)]
+        calls += [asyncio.create_task(handle.generate(ROOT, 40, seed)) for seed in (1, 2)]
+        await until(lambda: engine.stats.steps >= 7)
+        assert sorted(rows_of_pages(engine)) == [[], [1, 1]]  # the second is in sight
+        await until(lambda: engine.stats.steps >= 12)
+        assert rows_of_pages(engine) == [[2, 2], [2, 2]]
+        await asyncio.gather(*calls)
+        assert not engine._wanted
+        for each in (handle, other):
+            each.close()
+
+    asyncio.run(run())
+
+
+def test_pages_hold_of_a_forest_what_it_shares_and_nothing_is_left_in_sight() -> None:
+    class Watching(paged(4)):  # type: ignore[misc]
+        shared = 0
+
+        def _step(self) -> bool:
+            ended = super()._step()
+            slots = self._slots
+            if slots is not None and slots._reads is not None:
+                self.shared = max(self.shared, sum(len(pages) for pages in rows_of_pages(self)))
+            return ended
+
+    engine = Watching(prepared(), LocalSettings(slots=64))
+    forest(engine)
+    assert engine.shared > 50
+    assert not engine._wanted and engine._slots is None
+
+
+@pytest.mark.parametrize("reason", ["memory", "short"])
+def test_no_pages_are_made_under_a_memory_limit_or_for_short_prefixes(reason: str) -> None:
+    settings = with_room(2000, 64) if reason == "memory" else LocalSettings()
+
+    class Watching(paged(4 if reason == "memory" else 64)):  # type: ignore[misc]
+        def _step(self) -> bool:
+            assert self._slots is None or self._slots._reads is None
+            return super()._step()
+
+    engine = Watching(prepared(), settings)
+    forest(engine)
+    assert engine.stats.steps
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -504,18 +607,22 @@ def test_a_cancelled_call_gives_its_memory_back() -> None:
 # ------------------------------------------------------------------------------------------------ draws
 
 
-def test_a_seed_names_its_tokens_whatever_is_decoded_beside_it() -> None:
+@pytest.mark.parametrize("page", [4, 64])
+def test_a_seed_names_its_tokens_whatever_is_decoded_beside_it(page: int) -> None:
     alone = [segment(LocalEngine(prepared()), PROMPTS[0], 20, seed, Sampling()).tokens for seed in range(12)]
     for slots in (1, 5, 64):
-        engine = LocalEngine(prepared(), LocalSettings(slots=slots))
+        engine = paged(page)(prepared(), LocalSettings(slots=slots))
         replies = segments(engine, PROMPTS[0], 20, range(12), Sampling())
         assert [reply.tokens for reply in replies] == alone
     assert len({tuple(tokens) for tokens in alone}) == 12
 
 
-def test_a_whole_forest_is_the_same_for_any_number_of_slots() -> None:
-    wide, narrow = (forest(LocalEngine(prepared(), LocalSettings(slots=slots))) for slots in (64, 3))
-    for a, b in zip(wide, narrow, strict=True):
+@pytest.mark.parametrize("page", [1, 4, 8])
+def test_a_whole_forest_is_the_same_for_any_number_of_slots_and_any_pages(page: int) -> None:
+    wide = forest(LocalEngine(prepared(), LocalSettings(slots=64)))
+    for a, b in zip(
+        wide * 2, [t for n in (64, 3) for t in forest(paged(page)(prepared(), LocalSettings(slots=n)))], strict=True
+    ):
         assert a.children == b.children and [n.tokens for n in a.nodes] == [n.tokens for n in b.nodes]
 
 
@@ -643,6 +750,45 @@ def test_inversion_equals_a_search_in_the_running_sum(size: int) -> None:
         assert (p.gather(1, tokens[:, None]) > 0).all()
 
 
+# ------------------------------------------------------------------------------------------------ entropies
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.6, top_k=3), Sampling(top_p=0.5), Sampling(temperature=0)]
+)
+@pytest.mark.parametrize("page", [2, 64])
+def test_entropies_are_those_of_a_plain_forward_after_temperature_and_before_filters(
+    sampling: Sampling, page: int
+) -> None:
+    plain, engine, tree = plain_model(), paged(page)(prepared(), LocalSettings(slots=3)), Tree(PROMPTS[0])
+
+    async def run() -> list[Segment]:
+        asks = await engine.open(tree, sampling, [], entropies=True)
+        other = await engine.open(Tree(PROMPTS[2]), Sampling(temperature=2), [])  # shares the batch, and does not ask
+        *replies, silent = await asyncio.gather(
+            *(asks.generate(ROOT, n, n) for n in (3, 9, 5, 12)), other.generate(ROOT, 20, 1)
+        )
+        assert silent.entropies is None
+        for handle in (asks, other):
+            handle.close()
+        return replies
+
+    for reply in asyncio.run(run()):
+        ids = torch.tensor([tree.prompt + reply.tokens])
+        with torch.no_grad():
+            logits = plain(input_ids=ids).logits[0, len(tree.prompt) - 1 : -1].double()
+        p = (logits / (sampling.temperature or 1.0)).softmax(-1)
+        expected = -(p * p.log()).sum(-1)
+        assert reply.entropies == pytest.approx(expected.tolist(), abs=1e-5)
+        assert len(reply.entropies) == len(reply.tokens)
+
+
+def test_tokens_that_cannot_be_drawn_add_no_entropy() -> None:
+    draw = Draw.of([(Sampling(), 0, 0)], 4, torch.device("cpu"))
+    logits = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]])
+    assert draw.entropies(logits).tolist() == pytest.approx([math.log(2)])
+
+
 # ------------------------------------------------------------------------------------------------ ends
 
 
@@ -669,8 +815,9 @@ def test_trees_with_and_without_stop_ids_share_a_batch() -> None:
     assert [r.tokens for r in asyncio.run(run())] == [free] + [free[: free.index(free[i]) + 1] for i in (5, 9)]
 
 
-def test_a_cancelled_call_frees_its_slot_and_harms_nobody() -> None:
-    engine = LocalEngine(prepared(), LocalSettings(slots=2))
+@pytest.mark.parametrize("page", [4, 64])
+def test_a_cancelled_call_frees_its_slot_and_harms_nobody(page: int) -> None:
+    engine = paged(page)(prepared(), LocalSettings(slots=2))
 
     async def run() -> None:
         tree = Tree(PROMPTS[0])

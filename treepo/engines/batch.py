@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from treepo.engines import Sampling
 from treepo.engines.draw import Draw
+from treepo.engines.kept import Kept, Span
+from treepo.engines.pages import Name
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -23,8 +25,14 @@ class Row:
     seed: int
     sampling: Sampling
     stop_ids: frozenset[int]
+    kept: Kept  # by its tree
+    spans: list[Span]  # the key-values of its prefix, all but the last token's
+    pages: list[Name]  # those that its prefix fills
     tokens: list[int] = field(default_factory=list)  # drawn so far
     logprobs: list[float] = field(default_factory=list)
+    entropies: list[float] | None = None  # None: not asked
+    begin: int = 0  # the position that its slot begins with; it reads those before in pages
+    ended: bool = False  # its segment is complete, and lies in its slot
 
 
 @dataclass(slots=True)
@@ -37,9 +45,10 @@ class Batch:
     stops: Tensor  # [sets, V] bool: the stop ids of each set
     stop_set: Tensor | None  # [n] int64: the set of each row; None: no row has any
     draw: Draw
-    longest: int  # largest position plus 1
+    longest: int  # largest place in a slot plus 1
     left: int  # steps until some row must end
-    steps: list[tuple[Tensor, Tensor]]  # tokens and log-probs [n] that no row has been given yet
+    entropies: bool  # some row asks for them
+    steps: list[tuple[Tensor, ...]]  # tokens, log-probs and maybe entropies [n] that no row has been given yet
 
     @classmethod
     def of(cls, rows: Sequence[Row], model: PreTrainedModel) -> Batch:
@@ -56,15 +65,16 @@ class Batch:
             stops.to(device),
             torch.tensor([sets.index(row.stop_ids) for row in rows], device=device) if any(sets) else None,
             Draw.of([(row.sampling, row.seed, len(row.tokens)) for row in rows], vocabulary, device),
-            max(positions) + 1,
+            max(position - row.begin for position, row in zip(positions, rows, strict=True)) + 1,
             min(row.max_tokens - len(row.tokens) for row in rows),
+            any(row.entropies is not None for row in rows),
             [],
         )
 
     def advance(self, logits: Tensor) -> list[int]:
         """Draw from `logits` [n, V]; the rows whose segments end with the token drawn."""
         self.ids, logprobs = self.draw(logits)
-        self.steps.append((self.ids, logprobs))
+        self.steps.append((self.ids, logprobs, *([self.draw.entropies(logits)] if self.entropies else [])))
         self.positions += 1
         self.longest += 1
         self.left -= 1
@@ -76,10 +86,14 @@ class Batch:
         rows: list[int] = ended.nonzero()[:, 0].tolist()
         return rows
 
-    def drawn(self) -> tuple[list[list[int]], list[list[float]]]:
-        """The tokens and log-probs of the steps since the last call, per row."""
+    def flush(self, rows: Sequence[Row]) -> None:
+        """Hand the tokens of the steps since the last call to the `rows`."""
         steps, self.steps = self.steps, []
         if not steps:
-            return [[] for _ in self.ids], [[] for _ in self.ids]
-        tokens, logprobs = zip(*steps, strict=True)
-        return torch.stack(tokens, 1).tolist(), torch.stack(logprobs, 1).tolist()
+            return
+        tokens, logprobs, *entropies = (torch.stack(values, 1).tolist() for values in zip(*steps, strict=True))
+        for i, row in enumerate(rows):
+            row.tokens += tokens[i]
+            row.logprobs += logprobs[i]
+            if row.entropies is not None:
+                row.entropies += entropies[0][i]

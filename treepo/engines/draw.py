@@ -76,6 +76,17 @@ class Draw:
             drawn = drawn.masked_fill(self.greedy, 0.0)
         return tokens, drawn
 
+    def entropies(self, logits: Tensor) -> Tensor:
+        """Entropies [n] in nats of the distributions of `logits` [n, V] after temperature, before top-k and top-p.
+
+        A greedy row's is that of the logits as they are.
+        """
+        logits = logits.float()
+        if self.temperature is not None:
+            logits = logits / self.temperature
+        found: Tensor = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return found
+
 
 def uniform(state: Tensor) -> Tensor:
     """SplitMix64's output for the counters `state` [n] int64, as [n] float64 multiples of 2^-53 in [0, 1)."""

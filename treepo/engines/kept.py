@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,9 +22,9 @@ class Block:
     def tokens(self) -> int:
         return self.kv.shape[3]
 
-    def read(self, span: Span) -> Tensor:
-        """The part [layers, 2, K, span's length, d] at `span`."""
-        return self.kv[:, :, :, span.begin - self.begin : span.end - self.begin]
+    def read(self, begin: int, end: int) -> Tensor:
+        """The part [layers, 2, K, end - begin, d] at positions `begin` to `end`."""
+        return self.kv[:, :, :, begin - self.begin : end - self.begin]
 
 
 @dataclass(slots=True)
@@ -68,6 +68,13 @@ class Kept:
             for s in spans
             if s.seed not in self.blocks or self.blocks[s.seed].begin + self.blocks[s.seed].tokens < s.end
         ]
+
+    def read(self, spans: Sequence[Span], begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """The key-values of positions `begin` to `end` of a path: pieces, and the position of each."""
+        for span in spans:
+            first, last = max(span.begin, begin), min(span.end, end)
+            if first < last:
+                yield first, self.blocks[span.seed].read(first, last)
 
     def wanted(self, spans: Sequence[Span], seed: int, max_tokens: int) -> dict[int | None, int]:
         """What `held` gains when a row joins that goes on after `spans`."""

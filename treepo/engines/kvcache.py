@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treepo.attention import Plan, plan_for
+from treepo.engines.pages import Reads
 from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
+FEW = range(3, 9)  # rows of queries that MKL multiplies up to twice as fast as columns
 FIRST = 128  # positions of the first allocation: short contexts are allocated once
 PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 
@@ -68,7 +70,7 @@ class Decode:
     """One token in each of the first n slots: its key-value joins the slot, and it sees the slot up to itself."""
 
     def __init__(self, cache: Cache, positions: Tensor, longest: int) -> None:
-        """`positions` [n] int64 of the tokens, of which `longest` is the largest plus 1."""
+        """`positions` [n] int64 of the tokens in their slots, of which `longest` is the largest plus 1."""
         kv = cache.layers()
         n, keys = len(positions), min(-(-longest // ROUND) * ROUND, kv.shape[4])
         self._rows, self._positions = torch.arange(n, device=kv.device), positions
@@ -80,13 +82,61 @@ class Decode:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """q [n, H, 1, d], k and v [n, K, 1, d]; returns [n, 1, H, d]."""
         n, heads, _, d = q.shape
-        for cached, new in zip(self._kv[layer].unbind(), (k, v), strict=True):
-            cached[self._rows, :, self._positions] = new[:, :, 0]
+        self._write(layer, k, v)
         keys, values = self._seen[layer].unbind()
         # The queries of a group share their key-value head: as rows of one small matrix they read it once.
         grouped = q.reshape(n, k.shape[1], heads // k.shape[1], d)
         out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self._bias, scale=scale)
         return out.reshape(n, 1, heads, v.shape[-1])
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        for cached, new in zip(self._kv[layer].unbind(), (k, v), strict=True):
+            cached[self._rows, :, self._positions] = new[:, :, 0]
+
+
+class Shared(Decode):
+    """The same for rows that read their first positions in pages and have only their tails in slots.
+
+    Tails and pages are attended to apart, each page by all its readers at once; the parts of a row are merged by their
+    log-sum-exps, which is exact.
+    """
+
+    def __init__(self, cache: Cache, positions: Tensor, longest: int, reads: Reads) -> None:
+        super().__init__(cache, positions - reads.begins, longest)
+        self._reads = reads
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q [n, H, 1, d], k and v [n, K, 1, d]; returns [n, 1, H, d]."""
+        n, heads, _, d = q.shape
+        self._write(layer, k, v)
+        grouped = (q * scale).reshape(n * k.shape[1], -1, d)  # [n * K, H / K, d]
+        bias = self._bias.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
+        keys, values = self._seen[layer].flatten(1, 2).unbind()  # [n * K, keys, d]
+        parts = [_part(grouped, keys, values, bias)]
+        for pages, readers in self._reads.pools:
+            keys, values = pages[layer].flatten(1, 2).unbind()  # [P * K, S, d]
+            out, total = _part(grouped.index_select(0, readers).view(len(keys), -1, d), keys, values)
+            parts.append((out.view(-1, *grouped.shape[1:]), total.view(-1, grouped.shape[1], 1)))
+        out, total = parts[0]
+        parts.append((torch.zeros_like(out[:1]), torch.full_like(total[:1], -torch.inf)))  # the empty one
+        outs, totals = (torch.cat(part) for part in zip(*parts, strict=True))
+        weights = totals[self._reads.parts].softmax(1)  # [n * K, parts, H / K, 1]
+        merged = (weights * outs[self._reads.parts]).sum(1)  # [n * K, H / K, d]
+        return merged.to(q.dtype).view(n, 1, heads, d)
+
+
+def _part(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of q [b, m, d] to `keys` and `values` [b, t, d] alone, and its log-sum-exps [b, m, 1]."""
+    if q.shape[1] in FEW:
+        scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2).contiguous()
+    else:
+        scores = torch.bmm(q, keys.transpose(1, 2))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if bias is not None:
+        scores += bias
+    weights = scores.softmax(-1)
+    total = scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()  # the largest weight is at least 1 / t
+    return torch.bmm(weights.to(values.dtype), values).to(scores.dtype), total
 
 
 class Steps:
@@ -107,12 +157,15 @@ class Steps:
         # One pool for all: logits are read before another graph runs.
         self._pool = torch.cuda.graph_pool_handle() if graphs and model.device.type == "cuda" else None
 
-    def __call__(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """`ids` and `positions` [n] int64 of the tokens; `longest` is the largest position plus 1."""
+    def __call__(self, ids: Tensor, positions: Tensor, longest: int, reads: Reads | None = None) -> Tensor:
+        """`ids` and `positions` [n] int64 of the tokens; `longest` is the largest place in a slot plus 1.
+
+        Without `reads` that place is the position. What pages they say changes too often to record a step.
+        """
         n = len(ids)
-        if not self.graphs:
+        if not self.graphs or reads is not None:
             self.cache.reserve(n, longest)
-            return self._forward(ids, positions, longest)
+            return self._forward(ids, positions, longest, reads)
         rows, keys = min(_power_of_two(n), self.cache.limits[0]), _power_of_two(max(longest, ROUND))
         self.cache.reserve(rows, longest)
         if self._layers is not self.cache.layers():
@@ -124,8 +177,11 @@ class Steps:
         replay()
         return out[:n]
 
-    def _forward(self, ids: Tensor, positions: Tensor, longest: int) -> Tensor:
-        plan = self._plan(self.cache, positions, longest)
+    def _forward(self, ids: Tensor, positions: Tensor, longest: int, reads: Reads | None = None) -> Tensor:
+        if reads is None:
+            plan = self._plan(self.cache, positions, longest)
+        else:
+            plan = Shared(self.cache, positions, longest, reads)
         return logits(self._model, hidden(self._model, ids[:, None], positions[:, None], plan)[:, 0])
 
     def _record(self, ids: Tensor, positions: Tensor, keys: int) -> tuple[Tensor, Tensor, Callable[[], None], Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from treepo import attention
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
 from treepo.engines.batch import Batch, Row
-from treepo.engines.kept import Block, Budget, Kept, Span
+from treepo.engines.kept import Block, Budget, Kept
 from treepo.engines.kvcache import Cache, Decode, Steps, evaluating, prefill
+from treepo.engines.pages import Name, Pages, names
+from treepo.engines.slots import Slots
 from treepo.errors import ConfigError, EngineError
 from treepo.settings import Settings
 from treepo.tree import Tree
@@ -61,7 +64,7 @@ class Stats:
     prefilled_tokens: int = 0  # of prompts, once per tree
     decoded_tokens: int = 0  # one per row and step; steps of cancelled segments included
     steps: int = 0
-    copied_tokens: int = 0  # of prefixes, from a tree's key-values into a slot
+    copied_tokens: int = 0  # of prefixes, from a tree's key-values into a slot or a page
     continued_tokens: int = 0  # of prefixes that still lay in the slot where the parent had ended
 
 
@@ -71,7 +74,6 @@ class _Request(Row):
 
     handle: LocalHandle
     node: int
-    spans: list[Span]  # the key-values of its prefix, all but the last token's
     future: asyncio.Future[Segment]
 
 
@@ -79,9 +81,16 @@ class LocalHandle:
     """The engine's view of one tree: the key-values of its prompt and of every segment that has ended."""
 
     def __init__(
-        self, engine: LocalEngine, tree: Tree, sampling: Sampling, stop_ids: frozenset[int], max_tokens: int
+        self,
+        engine: LocalEngine,
+        tree: Tree,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        max_tokens: int,
+        entropies: bool,
     ) -> None:
         self._engine, self.tree, self.sampling, self.stop_ids = engine, tree, sampling, stop_ids
+        self.entropies = entropies
         self.kept = Kept(tree, max_tokens)
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
@@ -109,6 +118,7 @@ class LocalEngine:
     granularity = 1
     plan = Decode  # of a step
     cache = Cache  # of the slots
+    page = 64  # positions of a page
 
     def __init__(self, model: PreTrainedModel, settings: LocalSettings | None = None) -> None:
         if getattr(model.config, "_attn_implementation", None) != attention.NAME:
@@ -123,11 +133,16 @@ class LocalEngine:
         self._live: dict[_Request, None] = {}  # every row with somebody waiting for it, in order of arrival
         self._queue: list[tuple[int, int, _Request]] = []  # a heap: the deepest first, then the first to arrive
         self._arrivals = 0
-        self._rows: list[_Request] = []  # by slot; one that is done leaves its slot at the next `_admit`
+        self._wanted: Counter[Name] = Counter()  # by how many of `_live` a page could be read
         self._changed = False  # some row is done, or waits
         self._batch: Batch | None = None  # of `_rows`
-        self._steps: Steps | None = None
+        self._slots: Slots[_Request] | None = None
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def _rows(self) -> list[_Request]:
+        """By slot; one that is done leaves its slot at the next `_admit`."""
+        return self._slots.rows if self._slots is not None else []
 
     @property
     def cached_tokens(self) -> int:
@@ -162,7 +177,7 @@ class LocalEngine:
                 "engine.slots, engine.max_tokens, the width or the response budget"
             )
         most = self.tree_tokens if max_tokens is None else max_tokens
-        self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids), most))
+        self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids), most, entropies))
         return self._handles[-1]
 
     def load_weights(self, version: int) -> None:
@@ -207,6 +222,7 @@ class LocalEngine:
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.get_loop() is not loop:
             self._abandon()  # a loop that ended without cancelling its tasks
+        spans = handle.kept.spans(node)
         row = _Request(
             prefix=prefix,
             last=end.tokens[-1],
@@ -214,14 +230,18 @@ class LocalEngine:
             seed=seed,
             sampling=handle.sampling,
             stop_ids=handle.stop_ids,
+            kept=handle.kept,
+            spans=spans,
+            pages=names(handle.kept, spans, self.page),
+            entropies=[] if handle.entropies else None,
             handle=handle,
             node=node,
-            spans=handle.kept.spans(node),
             future=loop.create_future(),
         )
         if self._budget is not None:
             self._require_room(row)
         self._live[row] = None
+        self._wanted.update(row.pages)
         heapq.heappush(self._queue, (-end.depth, self._arrivals, row))
         self._arrivals += 1
         self._wake()
@@ -245,7 +265,12 @@ class LocalEngine:
             self._task.add_done_callback(self._ended)
 
     def _leave(self, row: _Request) -> None:
-        self._live.pop(row, None)
+        if row in self._live:
+            del self._live[row]
+            for name in row.pages:
+                self._wanted[name] -= 1
+                if not self._wanted[name]:
+                    del self._wanted[name]
         row.handle.kept.settle(row.seed)
         self._changed = True
 
@@ -258,13 +283,13 @@ class LocalEngine:
             if row.handle is handle:
                 row.future.cancel()
         if not self._handles:
-            self._rows, self._queue, self._batch, self._steps = [], [], None, None
+            self._queue, self._batch, self._slots = [], None, None
         self._wake()
 
     def _abandon(self) -> None:
         """Forget every request, but no tree."""
-        self._live, self._queue, self._rows = {}, [], []
-        self._batch, self._steps, self._task = None, None, None
+        self._live, self._queue, self._wanted = {}, [], Counter()
+        self._batch, self._slots, self._task = None, None, None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Whatever ended the decoding task reaches everyone who waits for it."""
@@ -302,34 +327,12 @@ class LocalEngine:
         joining = self._joining(self._settings.slots - len(self._rows) + len(free))
         if not free and not joining:
             return
-        self._flush()
+        if self._batch is not None:
+            self._batch.flush(self._rows)
         self._prefill(joining)
-        cache = self._decoder().cache
-        cache.reserve(len(self._rows) - len(free) + len(joining), max((row.prefix for row in joining), default=0))
-
-        # A child of the segment that has just ended in a slot goes on there.
-        ended = {(row.handle, row.seed): slot for slot in free if not (row := self._rows[slot]).future.cancelled()}
-        moving = []
-        for row in joining:
-            parent = row.spans[-1].seed if row.spans else None
-            slot = ended.pop((row.handle, parent), None) if parent is not None else None
-            if slot is None:
-                moving.append(row)
-                continue
-            free.remove(slot)
-            self._rows[slot] = row
-            self.stats.continued_tokens += row.prefix - 1
-        for row in moving:
-            slot = free.pop(0) if free else len(self._rows)
-            self._rows[slot : slot + 1] = [row]
-            for span in row.spans:
-                cache.write(slot, span.begin, row.handle.kept.blocks[span.seed].read(span))
-            self.stats.copied_tokens += row.prefix - 1
-        for slot in reversed(free):  # the highest first: the row that fills a gap is never done itself
-            last = self._rows.pop()
-            if slot < len(self._rows):
-                cache.move(len(self._rows), slot, last.prefix + len(last.tokens))
-                self._rows[slot] = last
+        copied, continued = self._decoder().change(free, joining, self._wanted)
+        self.stats.copied_tokens += copied
+        self.stats.continued_tokens += continued
         self._batch = None
 
     def _joining(self, room: int) -> list[_Request]:
@@ -355,14 +358,15 @@ class LocalEngine:
             heapq.heappush(self._queue, entry)
         return joining
 
-    def _decoder(self) -> Steps:
-        if self._steps is None:
+    def _decoder(self) -> Slots[_Request]:
+        if self._slots is None:
             cache = self.cache(self._model, self._settings.slots, self.context)
+            graphs = self._settings.cuda_graphs and self._model.device.type == "cuda"
+            pages = None if graphs or self._budget is not None else Pages(self.page, cache.layers())
             if self._budget is not None:
                 cache.reserve(*cache.limits)
-            graphs = self._settings.cuda_graphs and self._model.device.type == "cuda"
-            self._steps = Steps(self._model, cache, self.plan, graphs=graphs)
-        return self._steps
+            self._slots = Slots(Steps(self._model, cache, self.plan, graphs=graphs), pages)
+        return self._slots
 
     def _prefill(self, rows: Sequence[_Request]) -> None:
         """Compute the key-values that the trees of `rows` lack, each once."""
@@ -379,36 +383,27 @@ class LocalEngine:
         """Decode one token in every row; whether some segment has ended."""
         if self._batch is None:
             self._batch = Batch.of(self._rows, self._model)
-        batch = self._batch
-        steps = self._decoder()
-        ended = batch.advance(steps(batch.ids, batch.positions, batch.longest))
+        slots, batch = self._decoder(), self._batch
+        ended = batch.advance(slots.logits(batch))
         self.stats.steps += 1
         self.stats.decoded_tokens += len(self._rows)
         if ended:
-            self._flush()
+            batch.flush(self._rows)
         for slot in ended:
-            self._finish(slot, steps.cache)
+            self._finish(slot, slots)
         return bool(ended)
 
-    def _finish(self, slot: int, cache: Cache) -> None:
+    def _finish(self, slot: int, slots: Slots[_Request]) -> None:
         """Keep the key-values of the segment that has ended in `slot`, and answer its caller."""
-        row = self._rows[slot]
+        row = slots.rows[slot]
         self._changed = True
         if row.future.done():  # cancelled
             return
         if not math.isfinite(sum(row.logprobs)):
             row.future.set_exception(EngineError("the model's logits are not finite: did the last update diverge?"))
             return
-        begin = row.prefix - 1
-        row.handle.kept.blocks[row.seed] = Block(begin, cache.read(slot, begin, begin + len(row.tokens)))
-        row.future.set_result(Segment(row.tokens, row.logprobs, self.version))
-
-    def _flush(self) -> None:
-        """Hand the tokens drawn since the last flush to their rows."""
-        if self._batch is not None:
-            for row, tokens, logprobs in zip(self._rows, *self._batch.drawn(), strict=True):
-                row.tokens += tokens
-                row.logprobs += logprobs
+        slots.keep(slot)
+        row.future.set_result(Segment(row.tokens, row.logprobs, self.version, row.entropies))
 
 
 @contextmanager
