@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from treepo.config import Config
+from treepo.studies import STUDIES, find
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """# Configuration
@@ -22,11 +23,17 @@ Written by `make docs` from the settings classes; do not edit. A configuration i
 every key can be changed as `section.key=value`. Unknown keys are errors. `treepo train CONFIG --dry-run` prints all
 settings of a run with their values.
 """
+STUDY = """
+# Studies
+
+Settings of `treepo study NAME CONFIG`, changed as `study.key=value`; [studies.md](studies.md) says what they are about.
+"""
 
 
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + "".join(_section("", Config))
+    found = "".join(section for name in STUDIES for section in _section(f"study ({name})", type(find(name))))
+    return INTRODUCTION + "".join(_section("", Config)) + STUDY + found
 
 
 def _section(name: str, model: type[BaseModel]) -> Iterator[str]:

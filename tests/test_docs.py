@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from docs.configuration import PAGE, page
 from treepo.cli import app
 from treepo.config import Config, load
+from treepo.studies import STUDIES, find
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+STUDY_PAGE = (ROOT / "docs" / "studies.md").read_text()
 TRAINING = (ROOT / "docs" / "training.md").read_text()
 PAPER = (ROOT / "docs" / "paper.md").read_text()
 
@@ -31,6 +33,13 @@ def test_the_configuration_page_is_what_the_settings_say() -> None:
 def test_every_setting_has_a_meaning_on_the_configuration_page() -> None:
     assert "see the kinds of" not in re.sub(r"\| `(task|advantage)` \|.*", "", page())
     assert re.search(r"\| *\|$", page(), flags=re.MULTILINE) is None
+
+
+def test_every_study_is_on_the_page_of_studies_with_its_settings() -> None:
+    for name in STUDIES:
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", STUDY_PAGE, flags=re.MULTILINE)
+        own = set(type(find(name)).model_fields) - {"seeds", "jobs"}
+        assert own == set(re.findall(r"`(\w+)`", row)) - {name}
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
