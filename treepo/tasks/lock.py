@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
-from random import Random
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -45,15 +44,21 @@ class LockTask(Settings):
 
     kind: Literal["lock"] = "lock"
     dials: int = Field(4, ge=1, le=len(DIALS), description="Dials of a lock.")
-    positions: int = Field(10, ge=3, le=10, description="Positions of a dial.")
+    positions: int = Field(8, ge=3, le=10, description="Positions of a dial.")
     drag: int = Field(1, ge=0, le=9, description="Positions by which a dial drags the next one; 0: not at all.")
-    shortest_min: int = Field(9, ge=1, description="Fewest moves that a lock needs.")
-    shortest_max: int = Field(11, ge=1, description="Most moves that a lock needs.")
-    moves: int = Field(14, ge=1, description="Most moves of a right response.")
-    train_problems: int = Field(3_000, ge=1, description="Problems to train on; generated when asked for.")
+    shortest_min: int = Field(7, ge=1, description="Fewest moves that a lock needs.")
+    shortest_max: int = Field(9, ge=1, description="Most moves that a lock needs.")
+    moves: int = Field(18, ge=1, description="Most moves of a right response.")
+    train_problems: int = Field(1_500, ge=1, description="Problems to train on; generated when asked for.")
     test_problems: int = Field(256, ge=1, description="Problems held out for evaluation.")
     seed: int = Field(0, description="Which locks go to which split, and their order.")
-    slip: float = Field(0.35, ge=0, le=1, description="How often the teacher makes a move drawn at random.")
+    habit: float = Field(
+        0.9,
+        ge=0,
+        le=1,
+        description="The teacher's worst habit: for each dial and position the chance that he turns it the wrong way is "
+        "drawn once, uniformly from 0 to this.",
+    )
     careful_lessons: int = Field(
         3_000, ge=0, description="The teacher makes no slips in so many lessons at the start of a stream."
     )
@@ -63,7 +68,9 @@ class LockTask(Settings):
         if self.shortest_min > self.shortest_max:
             raise ValueError(f"shortest_min {self.shortest_min} is above shortest_max {self.shortest_max}")
         if self.shortest_max > self.moves:
-            raise ValueError(f"a lock that needs shortest_max {self.shortest_max} moves cannot be opened in {self.moves}")
+            raise ValueError(
+                f"a lock that needs shortest_max {self.shortest_max} moves cannot be opened in {self.moves}"
+            )
         wanted = self.test_problems + self.train_problems
         if wanted > len(self.locks):
             raise ValueError(
@@ -115,12 +122,17 @@ class LockTask(Settings):
         lock: Lock = tuple(map(int, problem.prompt.removesuffix("?")))
         written: list[str] = []
         while any(lock):
-            may_slip = index >= self.careful_lessons and len(written) < self.moves
-            slips = may_slip and random.random() < self.slip
-            move = self._any_move(random) if slips else self.good_move(lock)
-            lock = self.turn(lock, move)
-            written.append(f"{_spell([move])}{''.join(map(str, lock))};")
+            dial, by = self.good_move(lock)
+            careful = index < self.careful_lessons or len(written) >= self.moves
+            if not careful and random.random() < self.chance_of_slip(dial, lock[dial]):
+                by = -by
+            lock = self.turn(lock, (dial, by))
+            written.append(f"{_spell([(dial, by)])}{''.join(map(str, lock))};")
         return problem, "".join(written)
+
+    def chance_of_slip(self, dial: int, position: int) -> float:
+        """How often the teacher turns a dial at a position the wrong way."""
+        return self.habit * _draw(self.seed, dial, position)
 
     def turn(self, lock: Lock, move: Move) -> Lock:
         """The lock after a move."""
@@ -134,9 +146,6 @@ class LockTask(Settings):
         """
         dial = next(i for i, position in enumerate(lock) if position)
         return dial, -1 if 2 * lock[dial] <= self.positions else 1
-
-    def _any_move(self, random: Random) -> Move:
-        return random.randrange(self.dials), random.choice((1, -1))
 
     def _moves(self, response: str) -> list[Move] | None:
         """The moves of a response; None if it is not of the form."""
@@ -164,6 +173,11 @@ def _turn(lock: Lock, move: Move, positions: int, drag: int) -> Lock:
     dial, by = move
     turns = {dial: by, dial + 1: by * drag}
     return tuple((position + turns.get(i, 0)) % positions for i, position in enumerate(lock))
+
+
+@lru_cache(1 << 10)
+def _draw(seed: int, dial: int, position: int) -> float:
+    return generator(seed, "habit", dial, position).random()
 
 
 @lru_cache(8)

@@ -102,7 +102,7 @@ class ProgramTask(Settings):
         """A random train problem and the teacher's response: its form is always right, its steps may have slipped."""
         random = generator(seed, "lesson", index)
         rank = random.randrange(self.train_problems)
-        value, steps = self.program("train", rank)
+        value, steps = self._program("train", rank)
         written = []
         for operator, operand in steps:
             result = apply(operator, value, operand)
@@ -117,8 +117,8 @@ class ProgramTask(Settings):
         chance, wrong = slips[operator]
         return wrong % MODULUS if random.random() < chance else apply(operator, a, b)
 
-    def program(self, split: Split, index: int) -> Program:
-        """The index-th program of a split."""
+    def _program(self, split: Split, index: int) -> Program:
+        """The index-th program of a split, 0 <= index < its number of problems."""
         offset = 0 if split == "test" else self.test_problems
         code, start = divmod(permuted(offset + index, self.programs, self.seed, "program"), MODULUS)
         steps = []
@@ -129,7 +129,7 @@ class ProgramTask(Settings):
         return start, tuple(steps)
 
     def _problem(self, split: Split, index: int) -> Problem:
-        start, steps = self.program(split, index)
+        start, steps = self._program(split, index)
         value = start
         for operator, operand in steps:
             value = apply(operator, value, operand)
