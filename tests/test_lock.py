@@ -94,19 +94,14 @@ def test_the_final_answer_is_the_moves():
 
 @pytest.mark.parametrize(("dials", "positions", "drag"), SHAPES)
 def test_locks_are_those_of_the_wanted_distance_and_a_good_move_lessens_it(dials, positions, drag):
-    fewest = fewest_moves(every_lock(dials, positions, drag))
-    assert len(fewest) == positions**dials
-    for low, high in ((1, 2), (2, 3), (1, dials * (positions // 2))):
-        if high <= dials * (positions // 2):
-            shape = {"dials": dials, "positions": positions, "drag": drag, "train_problems": 1, "test_problems": 1}
-            task = LockTask(shortest_min=low, shortest_max=high, **shape) if dials > 1 else None
-            if task:
-                wanted = sorted(lock for lock, moves in fewest.items() if low <= moves <= high)
-                assert sorted(task.locks) == wanted
     task = every_lock(dials, positions, drag)
+    fewest = fewest_moves(task)
+    assert len(fewest) == positions**dials
+    for low, high in ((1, 1), (2, 3), (1, task.moves)):
+        some = task.model_copy(update={"shortest_min": low, "shortest_max": high})
+        assert sorted(some.locks) == sorted(lock for lock, moves in fewest.items() if low <= moves <= high)
     for lock, moves in fewest.items():
-        if moves:
-            assert fewest[task.turn(lock, task.good_move(lock))] == moves - 1
+        assert not moves or fewest[task.turn(lock, task.good_move(lock))] == moves - 1
 
 
 @settings(max_examples=20, deadline=None)
@@ -155,16 +150,14 @@ def test_the_teacher_keeps_to_the_form_notes_truly_and_opens_every_lock(seed, in
     assert len(tokens) == len(problem.prompt + response)
 
 
-def test_the_teacher_is_careful_at_first_and_then_has_habits():
-    careful = LockTask(careful_lessons=50)
-    lessons = [careful.lesson(0, index) for index in range(150)]
-    for problem, response in lessons[:50]:
-        assert careful.final_answer(response) == problem.answer
-    assert sum(careful.final_answer(response) == problem.answer for problem, response in lessons[50:]) < 30
+def test_a_teacher_without_habits_opens_every_lock_the_shortest_way():
+    task = LockTask(habit=0)
+    lessons = [task.lesson(0, index) for index in range(50)]
+    assert all(task.final_answer(response) == problem.answer for problem, response in lessons)
 
 
 def test_a_slip_turns_the_dial_the_wrong_way_as_often_as_the_habit_says():
-    task = LockTask(careful_lessons=0, habit=0.8)
+    task = LockTask(habit=0.8)
     turned: dict[tuple[int, int], list[bool]] = {}
     for index in range(1500):
         for lock, dial, by, _ in notes(task, *task.lesson(1, index))[: task.moves]:
@@ -179,13 +172,13 @@ def test_a_slip_turns_the_dial_the_wrong_way_as_often_as_the_habit_says():
 
 def test_every_setting_of_the_difficulty_makes_a_difference():
     def right(**settings):
-        task = LockTask(careful_lessons=0, **settings)
+        task = LockTask(**settings)
         return sum(task.reward(*task.lesson(0, index)) for index in range(300)) / 300
 
     usual = right()
     assert 0.1 < usual < 0.5
     assert right(habit=0) == 1.0 and right(habit=0.5) > usual + 0.1
-    assert right(moves=12) < usual - 0.05
+    assert right(moves=10) < usual - 0.05
     assert right(shortest_min=3, shortest_max=6, train_problems=500) > usual + 0.1
     assert LockTask(dials=5).problems("test")[0].prompt.strip("?").isdecimal()
     assert len(LockTask(dials=5).problems("test")[0].prompt) == 6
@@ -206,7 +199,7 @@ def test_lock_settings_that_cannot_be_met_are_refused():
     with pytest.raises(ValidationError, match="shortest_min 9 is above shortest_max 7"):
         LockTask(shortest_min=9, shortest_max=7)
     with pytest.raises(ValidationError, match="shortest_max 9 moves cannot be opened in 8"):
-        LockTask(moves=8)
+        LockTask(shortest_max=9, moves=8)
 
 
 def test_a_lock_task_is_a_teacher_with_a_token_for_every_character():

@@ -6,8 +6,11 @@ r"""A generated task in which mistakes cost moves, not the answer: turn all dial
 A move turns one dial (a, b, ...) by one, up or down around the lock's positions, and drags the next one along in the
 same direction; then comes the state of the lock, so that a line follows from the line before alone. A response is right
 if its moves open the lock and are not too many. So a wrong move can be made good by two more, as long as moves are
-left: early mistakes are recoverable, unlike those in a program, and a response is worth what its later moves make of it.
-The states are the model's own notes: only moves are judged, but whoever notes a wrong state loses his way.
+left: an early mistake is no verdict, as it is in a program. The states are the model's own notes: only moves are
+judged, but whoever notes a wrong state loses his way.
+
+The teacher turns the right dial, but has habits: at some places he mostly turns it the wrong way. A model learns them
+with the rest, so that what is right is not what it does most, and differs from place to place.
 """
 
 from __future__ import annotations
@@ -46,21 +49,18 @@ class LockTask(Settings):
     dials: int = Field(4, ge=1, le=len(DIALS), description="Dials of a lock.")
     positions: int = Field(8, ge=3, le=10, description="Positions of a dial.")
     drag: int = Field(1, ge=0, le=9, description="Positions by which a dial drags the next one; 0: not at all.")
-    shortest_min: int = Field(7, ge=1, description="Fewest moves that a lock needs.")
-    shortest_max: int = Field(9, ge=1, description="Most moves that a lock needs.")
-    moves: int = Field(18, ge=1, description="Most moves of a right response.")
-    train_problems: int = Field(1_500, ge=1, description="Problems to train on; generated when asked for.")
+    shortest_min: int = Field(6, ge=1, description="Fewest moves that a lock needs.")
+    shortest_max: int = Field(8, ge=1, description="Most moves that a lock needs.")
+    moves: int = Field(16, ge=1, description="Most moves of a right response.")
+    train_problems: int = Field(1_400, ge=1, description="Problems to train on; generated when asked for.")
     test_problems: int = Field(256, ge=1, description="Problems held out for evaluation.")
     seed: int = Field(0, description="Which locks go to which split, and their order.")
     habit: float = Field(
-        0.9,
+        0.8,
         ge=0,
         le=1,
-        description="The teacher's worst habit: for each dial and position the chance that he turns it the wrong way is "
-        "drawn once, uniformly from 0 to this.",
-    )
-    careful_lessons: int = Field(
-        3_000, ge=0, description="The teacher makes no slips in so many lessons at the start of a stream."
+        description="The teacher's worst habit: for each dial and position, the chance that he turns it the wrong way "
+        "is drawn once, uniformly from 0 to this.",
     )
 
     @model_validator(mode="after")
@@ -123,8 +123,7 @@ class LockTask(Settings):
         written: list[str] = []
         while any(lock):
             dial, by = self.good_move(lock)
-            careful = index < self.careful_lessons or len(written) >= self.moves
-            if not careful and random.random() < self.chance_of_slip(dial, lock[dial]):
+            if len(written) < self.moves and random.random() < self.chance_of_slip(dial, lock[dial]):
                 by = -by
             lock = self.turn(lock, (dial, by))
             written.append(f"{_spell([(dial, by)])}{''.join(map(str, lock))};")
