@@ -19,6 +19,7 @@ from treepo.model import ModelSettings
 from treepo.sampler import SamplerSettings
 from treepo.settings import Settings
 from treepo.tasks.dataset import DatasetTask
+from treepo.tasks.lock import LockTask
 from treepo.tasks.program import ProgramTask
 from treepo.tasks.scoring import ScoringSettings
 from treepo.warmup import WarmupSettings
@@ -82,7 +83,7 @@ class Config(Settings):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of torch; small models are fastest with 1. Default: torch's choice."
     )
-    task: Annotated[ProgramTask | DatasetTask, Field(discriminator="kind")]
+    task: Annotated[ProgramTask | LockTask | DatasetTask, Field(discriminator="kind")]
     model: ModelSettings
     warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
     engine: LocalSettings = LocalSettings()

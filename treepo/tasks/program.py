@@ -11,15 +11,15 @@ brings the model to where reinforcement learning starts: usually wrong, but righ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from random import Random
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from treepo.seeds import derive, generator
+from treepo.seeds import generator
 from treepo.settings import Settings
 from treepo.tasks import Problem, Split
+from treepo.tasks.generated import Generated, character_tokenizer, permuted
 from treepo.tasks.math import boxed
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 OPERATORS = "+-*"
 CHARACTERS = "0123456789+-*=x;,?\\boed{}"  # each is one token; `\boxed` shares the x
-EOS, PAD = "<eos>", "<pad>"
 MODULUS = 10
 
 Program = tuple[int, tuple[tuple[str, int], ...]]  # the start and its (operator, operand) steps
@@ -84,7 +83,8 @@ class ProgramTask(Settings):
         return False
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        return _Programs(self, split)
+        count = self.test_problems if split == "test" else self.train_problems
+        return Generated(count, lambda index: self._problem(split, index))
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
         return list(tokenizer.encode(problem.prompt))
@@ -96,23 +96,13 @@ class ProgramTask(Settings):
         return boxed(response)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """One token per character: ids 0 and 1 are PAD and EOS, then `CHARACTERS` in order. Refuses other text."""
-        from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        ids = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
-        characters = Tokenizer(models.WordLevel(ids))
-        characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        characters.decoder = decoders.Fuse()
-        return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=characters, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
-        )
+        return character_tokenizer(CHARACTERS)
 
     def lesson(self, seed: int, index: int) -> tuple[Problem, str]:
         """A random train problem and the teacher's response: its form is always right, its steps may have slipped."""
         random = generator(seed, "lesson", index)
         rank = random.randrange(self.train_problems)
-        value, steps = self.program("train", rank)
+        value, steps = self._program("train", rank)
         written = []
         for operator, operand in steps:
             result = apply(operator, value, operand)
@@ -127,12 +117,10 @@ class ProgramTask(Settings):
         chance, wrong = slips[operator]
         return wrong % MODULUS if random.random() < chance else apply(operator, a, b)
 
-    def program(self, split: Split, index: int) -> Program:
-        """The index-th program of a split."""
-        offset, count = (0, self.test_problems) if split == "test" else (self.test_problems, self.train_problems)
-        if not 0 <= index < count:
-            raise IndexError(f"problem {index} of {count}")
-        code, start = divmod(_permuted(offset + index, self.programs, self.seed), MODULUS)
+    def _program(self, split: Split, index: int) -> Program:
+        """The index-th program of a split, 0 <= index < its number of problems."""
+        offset = 0 if split == "test" else self.test_problems
+        code, start = divmod(permuted(offset + index, self.programs, self.seed, "program"), MODULUS)
         steps = []
         for _ in range(self.operations):
             code, choice = divmod(code, self._choices)
@@ -140,53 +128,15 @@ class ProgramTask(Settings):
             steps.append((OPERATORS[operator], self.operand_min + operand))
         return start, tuple(steps)
 
-
-class _Programs(Sequence[Problem]):
-    """The problems of a split, each generated when it is asked for."""
-
-    def __init__(self, task: ProgramTask, split: Split) -> None:
-        self._task, self._split = task, split
-
-    def __len__(self) -> int:
-        return self._task.test_problems if self._split == "test" else self._task.train_problems
-
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | Sequence[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        place = index + len(self) if index < 0 else index
-        start, steps = self._task.program(self._split, place)
+    def _problem(self, split: Split, index: int) -> Problem:
+        start, steps = self._program(split, index)
         value = start
         for operator, operand in steps:
             value = apply(operator, value, operand)
         prompt = f"x={start};" + "".join(f"x{operator}={operand};," for operator, operand in steps) + "?"
-        return Problem(f"{self._split}-{place}", prompt, str(value))
+        return Problem(f"{split}-{index}", prompt, str(value))
 
 
 def apply(operator: str, a: int, b: int) -> int:
     """`a operator b` modulo 10."""
     return {"+": a + b, "-": a - b, "*": a * b}[operator] % MODULUS
-
-
-def _permuted(index: int, size: int, seed: int) -> int:
-    """Where a permutation of range(size), keyed by `seed`, sends `index`.
-
-    A Feistel network permutes the numbers of 2 * half bits; those that land outside are sent on until one lands inside.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for place in range(4):
-            left, right = right, left ^ (_round(seed, place, right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
-
-
-@lru_cache(1 << 16)
-def _round(seed: int, place: int, right: int) -> int:
-    return derive(seed, "program", place, right)
