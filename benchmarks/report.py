@@ -78,6 +78,11 @@ def finish(
     for row in results:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    print(keep(name, results, args), flush=True)
+
+
+def keep(name: str, results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> str:
+    """The JSON line of `results`, written to `args.out` if that is given: what takes long is kept as it goes."""
     line = json.dumps(
         {
             "name": name,
@@ -91,7 +96,7 @@ def finish(
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(line + "\n", encoding="utf-8")
-    print(line, flush=True)
+    return line
 
 
 def commit() -> str:

@@ -98,12 +98,12 @@ class Case:
 
 QUICK = [Case(128, 4, 4, 64, threads=1, repeats=3)]
 CASES = [
-    Case(384, 5, 8, 512, threads=2, repeats=1),
-    Case(640, 8, 8, 512, threads=2, repeats=1),
     Case(384, 5, 8, 512, threads=1, repeats=3),
     Case(384, 5, 32, 512, threads=1, repeats=1),
     Case(640, 8, 8, 512, threads=1, repeats=1),
     Case(640, 8, 32, 256, threads=1, repeats=1),
+    Case(384, 5, 8, 512, threads=2, repeats=1),
+    Case(640, 8, 8, 512, threads=2, repeats=1),
 ]
 COLUMNS = [
     *("shape", "parameters", "prompts", "threads", "trajectory_tokens_per_s", "ratio_to_iid", "efficiency"),
@@ -118,6 +118,7 @@ def main() -> None:
         for row in measure(case):
             results.append(row)
             print(", ".join(f"{key} {row[key]}" for key in COLUMNS), file=sys.stderr, flush=True)
+        report.keep("sampling", results, args)
     report.finish("sampling", results, args, columns=COLUMNS)
 
 
