@@ -83,7 +83,7 @@ def rich_table(table: Table) -> RichTable:
     """For the terminal."""
     found = RichTable(title=escape(table.title))
     for i, column in enumerate(table.columns):
-        found.add_column(escape(column), justify="right" if i else "left")
+        found.add_column(escape(column), justify="right" if i else "left", no_wrap=not i)
     for row in table.rows:
         found.add_row(*(escape(text(value)) for value in row))
     return found

@@ -212,5 +212,5 @@ def reach_table(arms: Arms) -> Table:
             reached = sum(x is not None for x in ours.values())
             row += [Mean.of_ratios(ratios) if ratios else None, f"{reached} of {len(runs)}"]
         rows.append(row)
-    columns = [part for share in SHARES for part in (f"to {start + share * gain:.3f}", "reached")]
+    columns = [part for share in SHARES for part in (f"to {start + share * gain:.3f}", "seeds")]
     return Table("generated tokens until that accuracy, over the baseline's", ("arm", *columns), rows)
