@@ -64,14 +64,12 @@ class World:
                 page, head = i // (HEADS * width), i // width % HEADS
                 assert page < pages and (kv[:, :, page] == kv[0, 0, page, 0, 0, 0]).all()
                 entries.append((kv[0, 0, page, 0, 0, 0].item(), pool, head, unit))
-        n = len(reads.begins)
         seen: dict[tuple[int, int], list[tuple[float, int]]] = {}
         for unit, parts in enumerate(reads.parts.tolist()):
-            assert parts[0] == unit
-            for number, part in enumerate(parts[1:]):
-                if part == n * HEADS + len(entries):
+            for number, part in enumerate(parts):
+                if not part:
                     continue
-                content, pool, head, asks = entries[part - n * HEADS]
+                content, pool, head, asks = entries[part - 1]
                 assert asks == unit and head == unit % HEADS
                 seen.setdefault((unit // HEADS, number), []).append((content, pool))
         return seen

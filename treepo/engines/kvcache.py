@@ -16,7 +16,7 @@ from treepo.engines.pages import Reads
 from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
-FEW = range(3, 9)  # rows of queries that MKL multiplies up to twice as fast as columns
+FEW = range(3, 9)  # so many queries MKL multiplies up to twice as fast from the right
 FIRST = 128  # positions of the first allocation: short contexts are allocated once
 PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 
@@ -109,29 +109,29 @@ class Shared(Decode):
         """q [n, H, 1, d], k and v [n, K, 1, d]; returns [n, 1, H, d]."""
         n, heads, _, d = q.shape
         self._write(layer, k, v)
-        grouped = (q * scale).reshape(n * k.shape[1], -1, d)  # [n * K, H / K, d]
+        grouped = q.reshape(n * k.shape[1], -1, d)  # [n * K, H / K, d]
         bias = self._bias.expand(-1, k.shape[1], -1, -1).flatten(0, 1)
         keys, values = self._seen[layer].flatten(1, 2).unbind()  # [n * K, keys, d]
-        parts = [_part(grouped, keys, values, bias)]
+        own, total = _part(grouped, keys, values, scale, bias)
+        outs, totals = [torch.zeros_like(own[:1])], [torch.full_like(total[:1], -torch.inf)]  # the empty part
         for pages, readers in self._reads.pools:
             keys, values = pages[layer].flatten(1, 2).unbind()  # [P * K, S, d]
-            out, total = _part(grouped.index_select(0, readers).view(len(keys), -1, d), keys, values)
-            parts.append((out.view(-1, *grouped.shape[1:]), total.view(-1, grouped.shape[1], 1)))
-        out, total = parts[0]
-        parts.append((torch.zeros_like(out[:1]), torch.full_like(total[:1], -torch.inf)))  # the empty one
-        outs, totals = (torch.cat(part) for part in zip(*parts, strict=True))
-        weights = totals[self._reads.parts].softmax(1)  # [n * K, parts, H / K, 1]
-        merged = (weights * outs[self._reads.parts]).sum(1)  # [n * K, H / K, d]
-        return merged.to(q.dtype).view(n, 1, heads, d)
+            out, totals_of = _part(grouped.index_select(0, readers).view(len(keys), -1, d), keys, values, scale)
+            outs.append(out.view(-1, *own.shape[1:]))
+            totals.append(totals_of.view(-1, *total.shape[1:]))
+        parts = self._reads.parts
+        weights = torch.cat((total[:, None], torch.cat(totals)[parts]), 1).softmax(1)  # [n * K, 1 + most, H / K, 1]
+        shared = (weights[:, 1:] * torch.cat(outs)[parts]).sum(1)  # [n * K, H / K, d]
+        return (weights[:, 0] * own + shared).to(q.dtype).view(n, 1, heads, d)
 
 
-def _part(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _part(q: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention of q [b, m, d] to `keys` and `values` [b, t, d] alone, and its log-sum-exps [b, m, 1]."""
     if q.shape[1] in FEW:
         scores = torch.bmm(keys, q.transpose(1, 2)).transpose(1, 2).contiguous()
     else:
         scores = torch.bmm(q, keys.transpose(1, 2))
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if bias is not None:
         scores += bias
     weights = scores.softmax(-1)

@@ -1,9 +1,10 @@
 """The embedded engine: batched decoding of many branches of many trees on the very module that is trained.
 
 A *row* is a segment being decoded in one *slot* of the key-value cache. A segment that has ended leaves its key-values
-with its tree, under its seed, so that a child of any node, wherever the tree was cut since, copies its prefix into a
-slot and recomputes none of it. The last token of a prefix has no key-value yet: it is the first input of each child.
-So the segment of m tokens after a prefix of N computes, and stores, positions N - 1 to N + m - 1, in m steps.
+with its tree, under its seed, so that a child of any node, wherever the tree was cut since, recomputes none of its
+prefix: it reads that in pages together with other rows, or copies it into its slot. The last token of a prefix has no
+key-value yet: it is the first input of each child. So the segment of m tokens after a prefix of N computes, and stores,
+positions N - 1 to N + m - 1, in m steps.
 
 One task of the caller's event loop decodes as long as there are requests. No thread, no clock: which rows share a
 step depends on the order of the requests alone, and what a row draws does not even depend on that.
@@ -52,7 +53,7 @@ class LocalSettings(Settings):
         default=None,
         gt=0,
         description="Most GiB of key-values, of all slots and of the open trees; default: no limit. Trees that do not "
-        "fit wait for older ones.",
+        "fit wait for older ones, and rows share no pages.",
     )
     cuda_graphs: bool = Field(default=True, description="On CUDA, replay recorded steps; elsewhere without effect.")
 
@@ -112,13 +113,14 @@ class LocalEngine:
     `open` never waits: of the open trees only those hold key-values whose segments have started, and deeper requests
     go first, so that trees finish before others begin. The cache grows with the rows and lengths in use, and is given
     back when no tree is open. Under `memory_gib` it has its full size at once, and what is left bounds what the trees
-    keep (`Budget`): requests wait in the queue, and draw the same tokens later.
+    keep (`Budget`): requests wait in the queue, and draw the same tokens later. Rows share what they read (`Pages`),
+    but not under `memory_gib`, nor where steps are recorded: a recorded step knows only slots.
     """
 
     granularity = 1
     plan = Decode  # of a step
     cache = Cache  # of the slots
-    page = 64  # positions of a page
+    page = 64  # positions that rows read together: what they share is rounded down to a multiple of it
 
     def __init__(self, model: PreTrainedModel, settings: LocalSettings | None = None) -> None:
         if getattr(model.config, "_attn_implementation", None) != attention.NAME:
@@ -248,7 +250,7 @@ class LocalEngine:
         return row
 
     def _require_room(self, row: _Request) -> None:
-        kept = row.handle.kept
+        kept = row.kept
         held = kept.held.copy()
         for other in (*(other for other in self._live if other.handle is row.handle), row):
             held.update(kept.wanted(other.spans, other.seed, other.max_tokens))
@@ -271,7 +273,7 @@ class LocalEngine:
                 self._wanted[name] -= 1
                 if not self._wanted[name]:
                     del self._wanted[name]
-        row.handle.kept.settle(row.seed)
+        row.kept.settle(row.seed)
         self._changed = True
 
     def _close(self, handle: LocalHandle) -> None:
@@ -347,11 +349,11 @@ class LocalEngine:
             if row.future.done():  # cancelled
                 continue
             if self._budget is not None:
-                wanted = row.handle.kept.wanted(row.spans, row.seed, row.max_tokens)
-                if sum(wanted.values()) > slack[row.handle.kept]:
+                wanted = row.kept.wanted(row.spans, row.seed, row.max_tokens)
+                if sum(wanted.values()) > slack[row.kept]:
                     waiting.append(entry)
                     continue
-                row.handle.kept.held.update(wanted)
+                row.kept.held.update(wanted)
                 slack = self._budget.slack(trees)
             joining.append(row)
         for entry in waiting:
@@ -370,13 +372,11 @@ class LocalEngine:
 
     def _prefill(self, rows: Sequence[_Request]) -> None:
         """Compute the key-values that the trees of `rows` lack, each once."""
-        lacking = {
-            (row.handle, row.spans[-1].seed, row.prefix): row for row in rows if row.handle.kept.missing(row.spans)
-        }
+        lacking = {(row.kept, row.spans[-1].seed, row.prefix): row for row in rows if row.kept.missing(row.spans)}
         prefixes = [row.handle.tree.tokens(row.node)[:-1] for row in lacking.values()]
         for row, kv in zip(lacking.values(), prefill(self._model, prefixes), strict=True):
-            for span in row.handle.kept.missing(row.spans):
-                row.handle.kept.blocks[span.seed] = Block(span.begin, kv[:, :, :, span.begin : span.end].clone())
+            for span in row.kept.missing(row.spans):
+                row.kept.blocks[span.seed] = Block(span.begin, kv[:, :, :, span.begin : span.end].clone())
             self.stats.prefilled_tokens += row.prefix - 1
 
     def _step(self) -> bool:

@@ -40,8 +40,8 @@ class Reads:
 
     begins: Tensor  # [n] int64: the position at which the tail of each row begins
     pools: list[tuple[Tensor, Tensor]]  # pages [layers, 2, P, K, S, d]; readers [P * K * R] int64, as row * K + head
-    # [n * K, 1 + most pages] int64: where the parts of a row's attention are among the n * K of the tails, the
-    # P * K * R of each pool, and last of all an empty one.
+    # [n * K, most pages] int64: where the parts of a row's attention are, among an empty one (0) and the P * K * R of
+    # each pool.
     parts: Tensor
 
 
@@ -109,10 +109,8 @@ class Pages:
         device, heads = self._empty.device, self._empty.shape[3]
         n = len(begins)
         head = np.arange(heads)
-        most = max(begins) // self.size
-        parts = np.full((n, heads, 1 + most), -1)
-        parts[:, :, 0] = np.arange(n * heads).reshape(n, heads)
-        total, pools = n * heads, []
+        parts = np.zeros((n, heads, max(begins) // self.size), np.int64)
+        total, pools = 1, []
         for pool in self._pools.values():
             if not pool.names:
                 continue
@@ -124,10 +122,9 @@ class Pages:
             table = np.zeros((len(counts), heads, pool.readers), np.int64)  # nobody fetches what padding computes
             table[page, :, column] = row[:, None] * heads + head
             place = total + (page[:, None] * heads + head) * pool.readers + column[:, None]
-            parts[row[:, None], head, 1 + number[:, None]] = place
+            parts[row[:, None], head, number[:, None]] = place
             total += table.size
             pools.append((pool.kv[:, :, : len(counts)], torch.as_tensor(table.ravel(), device=device)))
-        parts[parts < 0] = total
         return Reads(
             torch.tensor(begins, device=device),
             pools,
