@@ -9,7 +9,7 @@ budgets. `speedup` is baseline / packed time; `flat_over_unique` is what sharing
 outputs and what autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are
 those of a packed row that is not cut.
 
-    python -m benchmarks.packing [--quick] [--threads N] [--out FILE]
+    python -m benchmarks.packing [--quick] [--threads N] [--repeats N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     plain.set_attn_implementation("sdpa")
     results = []
     for name, trees in _shapes(np.random.default_rng(0), scale).items():
-        micro_batches, repeats = ((4, 16), 1) if args.quick else (MICRO_BATCHES, 3)
+        micro_batches, repeats = ((4, 16), 1) if args.quick else (MICRO_BATCHES, args.repeats)
         results.append(_compare(name, trees, model, plain, micro_batches, repeats))
         print(f"{name}: {results[-1]['speedup']:.2f}x of {results[-1]['flat_over_unique']:.2f}x", file=sys.stderr)
     report.finish("packing", results, args, columns=COLUMNS)
@@ -116,6 +116,7 @@ def _compare(
         "flat_s": seconds["flat"],
         "packed_peak_mb": peak["packed"] / 1e6,
         "threads": torch.get_num_threads(),
+        "repeats": repeats,
     }
 
 

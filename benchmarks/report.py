@@ -19,11 +19,12 @@ from treepo.report.machine import device, versions
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """`quick: bool`, `out: Path | None` and `threads: int` from the command line; torch gets that many threads."""
+    """`quick`, `out`, `threads` (torch gets as many) and `repeats` from the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
+    parser.add_argument("--repeats", type=int, default=3, help="counted runs of what is timed in turns (default 3)")
     args = parser.parse_args()
     import torch
 

@@ -7,7 +7,7 @@ whole step, `sampling_speedup` and `update_speedup` those of its two large parts
 TreePO's step each took. `decoded_ratio` and `flat_over_unique` are what sharing could give in each at equal cost per
 token.
 
-    python -m benchmarks.training [--quick] [--threads N] [--out FILE]
+    python -m benchmarks.training [--quick] [--threads N] [--repeats N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LATE = LevelBudget(first_divergence=1, start=4)
 
 def main() -> None:
     args = report.arguments(__doc__ or "")
-    hidden, layers, prompts, segment, repeats = (96, 2, 2, 8, 1) if args.quick else (256, 4, 8, 64, 3)
+    hidden, layers, prompts, segment, repeats = (96, 2, 2, 8, 1) if args.quick else (256, 4, 8, 64, args.repeats)
     model = new_model(hidden, layers)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, VOCABULARY, 4 * segment if args.quick else 64).tolist() for _ in range(prompts)]
@@ -90,6 +90,7 @@ def main() -> None:
                 "micro_batch": micro,
                 "max_tokens": micro * longest,
                 "threads": args.threads,
+                "repeats": repeats,
                 "parameters": model.num_parameters(),
                 "leaves": LEAVES * prompts,
                 "response_tokens": shape.response_tokens,
