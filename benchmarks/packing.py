@@ -52,6 +52,7 @@ def main() -> None:
         micro_batches, repeats = ((4, 16), 1) if args.quick else (MICRO_BATCHES, args.repeats)
         results.append(_compare(name, trees, model, plain, micro_batches, repeats))
         print(f"{name}: {results[-1]['speedup']:.2f}x of {results[-1]['flat_over_unique']:.2f}x", file=sys.stderr)
+        report.keep("packing", results, args)
     report.finish("packing", results, args, columns=COLUMNS)
 
 
