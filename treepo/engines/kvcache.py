@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from treepo.attention import Plan, plan_for
-from treepo.engines.pages import Reads
+from treepo.engines.pages import Reads, power_of_two
 from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
@@ -166,7 +166,7 @@ class Steps:
         if not self.graphs or reads is not None:
             self.cache.reserve(n, longest)
             return self._forward(ids, positions, longest, reads)
-        rows, keys = min(_power_of_two(n), self.cache.limits[0]), _power_of_two(max(longest, ROUND))
+        rows, keys = min(power_of_two(n), self.cache.limits[0]), power_of_two(max(longest, ROUND))
         self.cache.reserve(rows, longest)
         if self._layers is not self.cache.layers():
             self._recorded, self._layers = {}, self.cache.layers()
@@ -250,7 +250,3 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -88,7 +88,7 @@ class Pages:
 
         `read` gives the key-values [layers, 2, K, S, d] of a page that is new.
         """
-        homes = {name: _power_of_two(len(rows)) for name, rows in readers.items()}
+        homes = {name: power_of_two(len(rows)) for name, rows in readers.items()}
         new = homes.copy()
         for pool in list(self._pools.values()):
             for index in reversed(range(len(pool.names))):
@@ -137,5 +137,6 @@ class Pages:
         return self._pools[readers]
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()
