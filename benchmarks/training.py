@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from benchmarks import report
 from benchmarks.flat import VOCABULARY, FlatRows, new_model
 from treepo.advantages import GRPO, TreePO, advantages
-from treepo.engines.local import LocalEngine, LocalSettings
+from treepo.engines.local import LocalEngine
+from treepo.engines.settings import LocalSettings
 from treepo.forest import Forest, Ints
 from treepo.gradient import accumulate
 from treepo.loss import LossSettings, policy_loss

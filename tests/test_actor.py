@@ -1,5 +1,6 @@
 """Answers in the order in which they are finished: rewards are computed while other trees still grow."""
 
+import asyncio
 import textwrap
 import time
 
@@ -82,8 +83,8 @@ def test_a_reward_that_is_waited_for_holds_up_no_sampling_and_no_sampling_holds_
 
     shape = SamplerSettings(width=1, segment_tokens=4, max_depth=3)
     finished = []
-    with Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=1)) as scorer:
-        answering = actor(policy, task, ScriptedEngine(reply), scorer)
+    scorer = Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=1))
+    with actor(policy, task, ScriptedEngine(reply), scorer) as answering:
         (quick,) = answering.tokenizer.encode("q")
         rollouts = answering.rollouts(BOTH, shape, 0, on_rollout=lambda i, r: finished.append((i, r.problem_id)))
     assert [(r.problem_id, r.rewards) for r in rollouts] == [("slow", [4.0]), ("quick", [5.0])]
@@ -100,8 +101,8 @@ def test_trees_are_told_of_in_the_order_in_which_they_are_scored_and_returned_in
 
     finished, progress = [], []
     shape = SamplerSettings(width=1, segment_tokens=4, max_depth=3)
-    with Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=2)) as scorer:
-        answering = actor(policy, task, ScriptedEngine(reply), scorer)
+    scorer = Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=2))
+    with actor(policy, task, ScriptedEngine(reply), scorer) as answering:
         (quick,) = answering.tokenizer.encode("q")
         rollouts = answering.rollouts(
             BOTH, shape, 0, on_rollout=told, on_progress=lambda done, total: progress.append((done, total))
@@ -120,8 +121,8 @@ def test_rollouts_are_those_of_sampling_first_and_then_scoring_leaf_by_leaf(here
     task = with_reward(here, MOODY)
     shapes = [SamplerSettings(width=width, segment_tokens=4, max_depth=4, retries=0) for width in (3, 8, 1, 5, 8)]
     problems = [(f"key {i}", Problem(f"p{i}", "?" * (i + 1), "42")) for i in range(len(shapes))]
-    with Scorer(task, ScoringSettings(timeout_s=60, workers=3)) as scorer:
-        answering = actor(policy, task, ScriptedEngine(letters, shuffle=order, failure_rate=0.1), scorer)
+    scorer = Scorer(task, ScoringSettings(timeout_s=60, workers=3))
+    with actor(policy, task, ScriptedEngine(letters, shuffle=order, failure_rate=0.1), scorer) as answering:
         rollouts = answering.rollouts(problems, shapes, 7)
         expected = []
         for (key, problem), shape in zip(problems, shapes, strict=True):
@@ -140,3 +141,25 @@ def test_rollouts_are_those_of_sampling_first_and_then_scoring_leaf_by_leaf(here
     for part in ("scripted failure", "raised ValueError", "exited with status 3", "is None, not a number"):
         assert part in why, "the test wants rewards of every kind"
     assert sum(reward is not None for r in rollouts for reward in r.rewards) > 5
+
+
+def test_an_actor_has_one_event_loop_for_all_its_calls_and_closes_what_it_has(here, policy):
+    class Watching(ScriptedEngine):
+        async def open(self, *args, **more):
+            loops.append(asyncio.get_running_loop())
+            return await super().open(*args, **more)
+
+        async def close(self):
+            loops.append(asyncio.get_running_loop())
+
+    loops = []
+    task = with_reward(here, "def reward(prompt, response, answer):\n    return 1.0\n")
+    scorer = Scorer(task, ScoringSettings(timeout_s=60, workers=1))
+    with actor(policy, task, Watching(letters), scorer) as answering:
+        for seed in range(2):
+            answering.rollouts(BOTH, SamplerSettings(width=2, segment_tokens=4, max_depth=3), seed)
+        answering.load_weights(3)
+        assert answering.engine.version == 3
+    assert len(loops) == 5 and len(set(loops)) == 1 and loops[0].is_closed()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        scorer.score([(BOTH[0][1], "x")])

@@ -1,5 +1,6 @@
 """Recorded steps on CUDA decode what plain ones do. Skipped where there is no CUDA device."""
 
+import asyncio
 import copy
 
 import pytest
@@ -56,7 +57,7 @@ def test_recorded_steps_see_weights_that_changed_in_place(plain: torch.nn.Module
     with torch.no_grad():
         for parameter in served.parameters():
             parameter.mul_(1.5)
-    engine.load_weights(1)
+    asyncio.run(engine.load_weights(1))
     after = sampler.sample([("0", [2, 3, 4])], seed=0)[0]
     fresh = Sampler(LocalEngine(served, LocalSettings(slots=7, cuda_graphs=False)), sampler.settings, str, {1})
     assert [n.tokens for n in after.nodes] == [n.tokens for n in fresh.sample([("0", [2, 3, 4])], seed=0)[0].nodes]

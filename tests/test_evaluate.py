@@ -61,38 +61,38 @@ def test_an_estimate_prints_its_interval() -> None:
 
 def test_an_evaluation_is_a_function_of_model_and_seed(tmp_path) -> None:
     config = small_config(tmp_path, "warmup.steps=120", "evaluate.problems=4", "evaluate.samples=8")
-    actor = build_actor(config)
-    first = evaluate(actor, config.sampler, config.evaluate, seed=1)
-    assert evaluate(actor, config.sampler, config.evaluate, seed=1) == first
-    others = [evaluate(actor, config.sampler, config.evaluate, seed) for seed in range(2, 6)]
-    assert {other.greedy.mean for other in others} == {first.greedy.mean}, "greedy responses depend on no seed"
-    assert len({other.pass_at_1.mean for other in others}) > 1, "sampled ones do"
-    assert first.problems == 4 and first.samples == 8 and first.unscored == 0
-    for estimate in (first.greedy, first.pass_at_1, first.pass_at_k, first.maj_at_k):
-        assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
-    assert first.pass_at_1.mean <= first.pass_at_k.mean
-    assert set(first.to_json()) >= {"greedy", "pass_at_1", "pass_at_k", "maj_at_k", "problems", "samples"}
+    with build_actor(config) as actor:
+        first = evaluate(actor, config.sampler, config.evaluate, seed=1)
+        assert evaluate(actor, config.sampler, config.evaluate, seed=1) == first
+        others = [evaluate(actor, config.sampler, config.evaluate, seed) for seed in range(2, 6)]
+        assert {other.greedy.mean for other in others} == {first.greedy.mean}, "greedy responses depend on no seed"
+        assert len({other.pass_at_1.mean for other in others}) > 1, "sampled ones do"
+        assert first.problems == 4 and first.samples == 8 and first.unscored == 0
+        for estimate in (first.greedy, first.pass_at_1, first.pass_at_k, first.maj_at_k):
+            assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
+        assert first.pass_at_1.mean <= first.pass_at_k.mean
+        assert set(first.to_json()) >= {"greedy", "pass_at_1", "pass_at_k", "maj_at_k", "problems", "samples"}
 
 
 @pytest.mark.parametrize("slots", [3, 128])
 def test_answering_all_at_once_measures_the_same_as_answering_greedily_first(tmp_path, slots: int) -> None:
     shape = ["task.test_problems=6", "evaluate.problems=6", "evaluate.samples=5", f"engine.slots={slots}"]
     config = small_config(tmp_path, "warmup.steps=80", *shape, "evaluate.sampling={temperature: 0.8, top_k: 9}")
-    actor = build_actor(config)
-    progress: list[tuple[int, int]] = []
-    found = evaluate(actor, config.sampler, config.evaluate, 1, lambda *done: progress.append(done))
-    assert progress == [(i + 1, 12) for i in range(12)]
+    with build_actor(config) as actor:
+        progress: list[tuple[int, int]] = []
+        found = evaluate(actor, config.sampler, config.evaluate, 1, lambda *done: progress.append(done))
+        assert progress == [(i + 1, 12) for i in range(12)]
 
-    seed = derive(1, "evaluate")
-    asked = [(f"test/{problem.id}", problem) for problem in actor.task.problems("test")[:6]]
-    iid = config.sampler.model_copy(update={"mode": "iid", "width": 5, "sampling": config.evaluate.sampling})
-    one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
-    greedy, sampled = actor.rollouts(asked, one, seed), actor.rollouts(asked, iid, seed)
-    right = np.array([[reward == 1.0 for reward in r.rewards] for r in sampled])
-    said = [[actor.task.final_answer(actor.decode(r.tree.response(n))) for n in r.tree.leaves()] for r in sampled]
-    assert found.greedy.mean == np.mean([r.rewards[0] for r in greedy])
-    assert found.pass_at_1.mean == right.mean(axis=1).mean()
-    assert found.pass_at_k.mean == pass_at_k(right, 5).mean()
-    assert found.maj_at_k.mean == maj_at_k(said, right, 5, seed).mean()
-    assert found.response_tokens == np.mean([r.tree.response_length(n) for r in sampled for n in r.tree.leaves()])
-    assert 0 < found.greedy.mean != found.pass_at_1.mean > 0, "the test wants a model that is right now and then"
+        seed = derive(1, "evaluate")
+        asked = [(f"test/{problem.id}", problem) for problem in actor.task.problems("test")[:6]]
+        iid = config.sampler.model_copy(update={"mode": "iid", "width": 5, "sampling": config.evaluate.sampling})
+        one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
+        greedy, sampled = actor.rollouts(asked, one, seed), actor.rollouts(asked, iid, seed)
+        right = np.array([[reward == 1.0 for reward in r.rewards] for r in sampled])
+        said = [[actor.task.final_answer(actor.decode(r.tree.response(n))) for n in r.tree.leaves()] for r in sampled]
+        assert found.greedy.mean == np.mean([r.rewards[0] for r in greedy])
+        assert found.pass_at_1.mean == right.mean(axis=1).mean()
+        assert found.pass_at_k.mean == pass_at_k(right, 5).mean()
+        assert found.maj_at_k.mean == maj_at_k(said, right, 5, seed).mean()
+        assert found.response_tokens == np.mean([r.tree.response_length(n) for r in sampled for n in r.tree.leaves()])
+        assert 0 < found.greedy.mean != found.pass_at_1.mean > 0, "the test wants a model that is right now and then"

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scripted_trees import EOS, chain, encode, frontier, mixed_reply, sampler
 from test_local_engine import plain_model, prepared, with_room, worst_error
 
-from treepo.engines.local import LocalEngine, LocalSettings
+from treepo.engines.local import LocalEngine
 from treepo.engines.scripted import ScriptedEngine
+from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError
 from treepo.policies import Frontier
 from treepo.policies.branching import LevelBudget

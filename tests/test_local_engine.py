@@ -20,7 +20,8 @@ from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment, kvcache
 from treepo.engines.draw import NUCLEUS, WIDER, Draw, invert, uniform
 from treepo.engines.kept import Budget, Kept
-from treepo.engines.local import LocalEngine, LocalHandle, LocalSettings
+from treepo.engines.local import LocalEngine, LocalHandle
+from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError, EngineError
 from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
@@ -869,7 +870,7 @@ def test_later_segments_follow_the_new_weights_in_another_event_loop() -> None:
     assert forest(engine)[0].nodes[1].version == 0
     plain = plain_model(seed=1)
     model.load_state_dict(plain.state_dict())
-    engine.load_weights(7)
+    asyncio.run(engine.load_weights(7))
     tree = forest(engine)[0]
     assert {node.version for node in tree.nodes[1:]} == {7}
     assert worst_error(plain, tree) < 1e-5
@@ -880,7 +881,7 @@ def test_weights_do_not_change_under_an_open_tree() -> None:
     engine = LocalEngine(prepared())
     asyncio.run(engine.open(Tree([1, 2]), Sampling(), []))
     with pytest.raises(RuntimeError, match="1 trees are open"):
-        engine.load_weights(1)
+        asyncio.run(engine.load_weights(1))
 
 
 def test_a_module_in_training_decodes_without_dropout_and_stays_as_it_was() -> None:

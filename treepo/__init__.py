@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     )
     from treepo.config import Config, load
     from treepo.engines import Engine, Handle, Sampling, Segment
-    from treepo.engines.local import LocalEngine, LocalSettings
+    from treepo.engines.local import LocalEngine
     from treepo.engines.scripted import ScriptedEngine
+    from treepo.engines.server import ServerEngine
+    from treepo.engines.settings import LocalSettings, ServerSettings
     from treepo.errors import ConfigError, EngineError, TaskError, TreePOError
     from treepo.forest import Forest
     from treepo.policies import Frontier
@@ -49,7 +51,7 @@ _HOME = {
     "GRPO": "advantages",
     "Handle": "engines",
     "LocalEngine": "engines.local",
-    "LocalSettings": "engines.local",
+    "LocalSettings": "engines.settings",
     "Node": "tree",
     "Observer": "trainer",
     "Problem": "tasks",
@@ -62,6 +64,8 @@ _HOME = {
     "Sampling": "engines",
     "ScriptedEngine": "engines.scripted",
     "Segment": "engines",
+    "ServerEngine": "engines.server",
+    "ServerSettings": "engines.settings",
     "Stop": "tree",
     "Task": "tasks",
     "TaskError": "errors",
@@ -103,6 +107,8 @@ __all__ = [
     "Sampling",
     "ScriptedEngine",
     "Segment",
+    "ServerEngine",
+    "ServerSettings",
     "Stop",
     "Task",
     "TaskError",

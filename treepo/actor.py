@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +21,8 @@ from treepo.sampler import Sampler, SamplerSettings, together
 from treepo.tasks import Problem, Task
 from treepo.tasks.scoring import Score, Scorer
 from treepo.tree import Rollout, Stop, Tree
+
+T = TypeVar("T")
 
 
 def require_room(engine: Engine, sampler: SamplerSettings) -> None:
@@ -39,7 +44,11 @@ def require_room(engine: Engine, sampler: SamplerSettings) -> None:
 
 @dataclass(frozen=True)
 class Actor:
-    """A policy at work on a task: encodes problems, grows their trees, scores the leaves."""
+    """A policy at work on a task: encodes problems, grows their trees, scores the leaves.
+
+    A context manager: `close` ends the scorer, the engine and their event loop, which is one for all calls, because
+    an engine's connections belong to the loop that made them.
+    """
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
@@ -49,6 +58,36 @@ class Actor:
     # Spent so far: until the last tree was complete, and then on waiting for the rewards that were still missing.
     seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})
     processes: Processes = field(default_factory=Processes)
+    runner: asyncio.Runner = field(default_factory=asyncio.Runner)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the workers of the scorer, the engine's connections and the event loop."""
+        with ExitStack() as rest:
+            rest.callback(self.runner.close)
+            rest.callback(lambda: self.run(self.engine.close()))
+            self.scorer.close()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work` on the engine's event loop. Ctrl-C cancels it and raises `KeyboardInterrupt`."""
+        return self.runner.run(work)
+
+    def load_weights(self, version: int) -> None:
+        """The model has changed: from now on the engine samples from it; all processes call this together.
+
+        The main process goes first: where weights have to be sent, it sends them for all.
+        """
+        for turn in (True, False):
+            if self.processes.main is turn:
+                self.run(self.engine.load_weights(version))
+            self.processes.wait()
 
     def encode(self, problem: Problem, sampler: SamplerSettings) -> list[int]:
         """Prompt token ids; raises `TaskError` for a prompt that leaves no room for a response."""
@@ -107,7 +146,7 @@ class Actor:
             (key, problem, shape, self.encode(problem, shape))
             for (key, problem), shape in zip(problems, shapes, strict=True)
         ]
-        rollouts = asyncio.run(all_of_them())
+        rollouts = self.run(all_of_them())
         self.seconds["sample"] += sampled - start
         self.seconds["score"] += time.perf_counter() - sampled
         return self.processes.everyones(rollouts)

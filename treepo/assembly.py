@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from treepo import model as causal_lm
 from treepo.actor import Actor, require_room
 from treepo.config import Config
+from treepo.engines import Engine
 from treepo.engines.local import LocalEngine
+from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError
 from treepo.processes import Processes
 from treepo.seeds import derive
@@ -27,7 +32,7 @@ def build_actor(
 ) -> Actor:
     """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
 
-    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. The caller closes `actor.scorer`.
+    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. The caller closes the actor.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -44,12 +49,29 @@ def build_actor(
     elif config.model.create is not None:
         seed = derive(config.seed, "weights")
         model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
-    engine = LocalEngine(model, config.engine)
-    causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
-    for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
-        require_room(engine, shape)
-    if source is None and config.warmup is not None and isinstance(task, Teacher):
-        steps = config.warmup.steps
-        progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
-        warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
-    return Actor(task, tokenizer, model, engine, Scorer(task, config.scoring), processes=processes or Processes())
+    processes = processes or Processes()
+    with ExitStack() as undo:
+        runner = undo.enter_context(asyncio.Runner())
+        engine = build_engine(config, model, sends=processes.main)
+        undo.callback(lambda: runner.run(engine.close()))
+        causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
+        runner.run(engine.start())
+        for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
+            require_room(engine, shape)
+        if source is None and config.warmup is not None and isinstance(task, Teacher):
+            steps = config.warmup.steps
+            progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
+            warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
+        scorer = Scorer(task, config.scoring)
+        undo.pop_all()  # the actor's from now on
+    return Actor(task, tokenizer, model, engine, scorer, processes=processes, runner=runner)
+
+
+def build_engine(config: Config, model: PreTrainedModel, *, sends: bool = True) -> Engine:
+    """The engine that `config` describes, for `model`; `sends`: whether this process sends weights to servers."""
+    settings = config.engine
+    if isinstance(settings, LocalSettings):
+        return LocalEngine(model, settings)
+    from treepo.engines.server import ServerEngine  # only who asks for it waits for the HTTP client
+
+    return ServerEngine(model, settings, settings.weights_dir or Path(config.out) / "weights", sends=sends)

@@ -20,7 +20,6 @@ from treepo.errors import ConfigError, TreePOError
 from treepo.studies import STUDIES, find
 
 if TYPE_CHECKING:  # a help page must not wait for torch
-    from treepo.actor import Actor
     from treepo.config import Config
     from treepo.tree import Rollout
 
@@ -133,10 +132,11 @@ def sample(
         raise ConfigError(f"--split: train or test, not {split!r}")
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
+    from treepo.assembly import build_actor
     from treepo.report.console import Growing, drawing, print_saved, rollout_table
     from treepo.tree import append_rollout
 
-    with _actor(settings) as actor:
+    with build_actor(settings) as actor:
         chosen = actor.task.problems("train" if split == "train" else "test")[:problems]
         keyed = [(f"{split}/{problem.id}", problem) for problem in chosen]
         if out is not None:
@@ -178,10 +178,11 @@ def evaluate_(
     """
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
+    from treepo.assembly import build_actor
     from treepo.evaluate import evaluate
     from treepo.report.console import held_out_table
 
-    with _actor(settings) as actor, _bar("evaluating") as report:
+    with build_actor(settings) as actor, _bar("evaluating") as report:
         found = evaluate(actor, settings.sampler, settings.evaluate, settings.seed, report)
     if as_json:
         print(json.dumps(found.to_json()))
@@ -296,15 +297,6 @@ def _load(
         print(dump(settings), end="")
         raise typer.Exit
     return settings
-
-
-@contextmanager
-def _actor(settings: Config) -> Iterator[Actor]:
-    from treepo.assembly import build_actor
-
-    actor = build_actor(settings)
-    with actor.scorer:
-        yield actor
 
 
 @contextmanager

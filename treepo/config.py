@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from treepo.advantages import Estimator, TreePO
 from treepo.attention import PlanName
-from treepo.engines.local import LocalSettings
+from treepo.engines.settings import EngineSettings, LocalSettings
 from treepo.errors import ConfigError, nearest
 from treepo.evaluate import EvaluateSettings
 from treepo.loss import LossSettings
@@ -86,7 +86,7 @@ class Config(Settings):
     task: Annotated[ProgramTask | LockTask | DatasetTask, Field(discriminator="kind")]
     model: ModelSettings
     warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
-    engine: LocalSettings = LocalSettings()
+    engine: EngineSettings = Field(LocalSettings(), description="What decodes: this process, or servers.")
     sampler: SamplerSettings = SamplerSettings()
     scoring: ScoringSettings = ScoringSettings()
     advantage: Annotated[Estimator, Field(description="Estimator of advantages.")] = TreePO()

@@ -67,7 +67,8 @@ def _local() -> Finding:
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from treepo.attention import Causal
-    from treepo.engines.local import LocalEngine, LocalSettings
+    from treepo.engines.local import LocalEngine
+    from treepo.engines.settings import LocalSettings
     from treepo.model import hidden, logits, prepare
     from treepo.sampler import Sampler, SamplerSettings
 

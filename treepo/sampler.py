@@ -113,7 +113,21 @@ class Sampler:
         progress: float = 0.0,
         on_tree: Callable[[int, Tree], None] | None = None,
     ) -> list[Tree]:
-        """The trees of `prompts`, in their order; `on_tree(index, tree)` is called as each one is complete."""
+        """The trees of `prompts`, in their order; `on_tree(index, tree)` is called as each one is complete.
+
+        Runs an event loop of its own, which only an engine without connections outlives; the others want `grow_all`.
+        """
+        return asyncio.run(self.grow_all(prompts, seed, progress=progress, on_tree=on_tree))
+
+    async def grow_all(
+        self,
+        prompts: Sequence[Prompt],
+        seed: int,
+        *,
+        progress: float = 0.0,
+        on_tree: Callable[[int, Tree], None] | None = None,
+    ) -> list[Tree]:
+        """As `sample`, on the event loop that runs."""
 
         async def one(index: int, key: str, prompt: Sequence[int]) -> Tree:
             tree = await self.grow(prompt, key, seed, progress)
@@ -121,10 +135,7 @@ class Sampler:
                 on_tree(index, tree)
             return tree
 
-        async def all_trees() -> list[Tree]:
-            return await together([one(i, key, prompt) for i, (key, prompt) in enumerate(prompts)])
-
-        return asyncio.run(all_trees())
+        return await together([one(i, key, prompt) for i, (key, prompt) in enumerate(prompts)])
 
     async def grow(self, prompt: Sequence[int], key: str, seed: int, progress: float = 0.0) -> Tree:
         """One tree of exactly `width` leaves; a leaf whose requests failed again and again ends in `Stop.ERROR`.

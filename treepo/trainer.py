@@ -81,7 +81,7 @@ class Trainer:
         found = self.folder.latest_checkpoint()
         self.processes.wait()  # until everyone has looked, and before anyone writes
         self.actor = build_actor(config, found, self.observer.warming_up, self.processes)
-        self._exit.callback(self.actor.scorer.close)
+        self._exit.enter_context(self.actor)
         try:
             if isinstance(self.problems, tuple):  # read from a file, where any may be too long; not generated on demand
                 for problem in (*self.problems, *tested):
@@ -95,7 +95,7 @@ class Trainer:
             if found:
                 self.state = checkpoint.load_state(found)
                 checkpoint.load_optimizer(found, model, optimizer)
-                self.actor.engine.load_weights(self.state.step)
+            self.actor.load_weights(self.state.step)
             if self.processes.main:
                 self.folder.claim()
                 self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
@@ -157,7 +157,7 @@ class Trainer:
             and step % self.config.trainer.save_trees_every == 0
         ):
             self.folder.write_trees(step, sampled)
-        self.actor.engine.load_weights(step)
+        self.actor.load_weights(step)
         end = time.perf_counter()
         metrics["seconds"] = {
             "step": end - start,

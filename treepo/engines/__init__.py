@@ -62,6 +62,14 @@ class Engine(Protocol):
     tree_tokens: int
     """Most tokens of a tree, prompt included, each counted once."""
 
+    async def start(self) -> None:
+        """Reach whatever decodes, so that what is amiss is said before anything takes long; more calls do nothing.
+
+        From now on `context` and `tree_tokens` are known. All calls belong to one event loop from the first to `close`.
+        Raises `EngineError`.
+        """
+        ...
+
     async def open(
         self,
         tree: Tree,
@@ -79,6 +87,13 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(self, version: int) -> None:
-        """The policy changed: later segments come from the new weights and carry `version`. No tree may be open."""
+    async def load_weights(self, version: int) -> None:
+        """The policy changed: later segments come from the new weights and carry `version`. No tree may be open.
+
+        Raises `EngineError` if something still decodes with other weights.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections and memory. No tree may be open."""
         ...

@@ -15,6 +15,17 @@ from treepo.engines.kept import Kept, Span
 from treepo.engines.pages import Name
 
 
+@dataclass(slots=True)
+class Stats:
+    """What the engine has computed since it was made; the caller may read and reset it at any time."""
+
+    prefilled_tokens: int = 0  # of prompts, once per tree
+    decoded_tokens: int = 0  # one per row and step; steps of cancelled segments included
+    steps: int = 0
+    copied_tokens: int = 0  # of prefixes, from a tree's key-values into a slot or a page
+    continued_tokens: int = 0  # of prefixes that still lay in the slot where the parent had ended
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Row:
     """A segment that is being decoded."""
@@ -22,7 +33,8 @@ class Row:
     prefix: int  # tokens before it, N
     last: int  # token of the prefix: the first input
     max_tokens: int
-    seed: int
+    seed: int  # names the segment
+    draws: int  # seed of what is drawn: as a rule the same
     sampling: Sampling
     stop_ids: frozenset[int]
     kept: Kept  # by its tree
@@ -64,7 +76,7 @@ class Batch:
             torch.tensor([row.prefix - 1 + row.max_tokens for row in rows], device=device),
             stops.to(device),
             torch.tensor([sets.index(row.stop_ids) for row in rows], device=device) if any(sets) else None,
-            Draw.of([(row.sampling, row.seed, len(row.tokens)) for row in rows], vocabulary, device),
+            Draw.of([(row.sampling, row.draws, len(row.tokens)) for row in rows], vocabulary, device),
             max(position - row.begin for position, row in zip(positions, rows, strict=True)) + 1,
             min(row.max_tokens - len(row.tokens) for row in rows),
             any(row.entropies is not None for row in rows),

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from treepo.attention import Plan, plan_for
 from treepo.engines.pages import Reads, power_of_two
+from treepo.errors import EngineError
 from treepo.model import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
@@ -250,3 +251,17 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def out_of_memory(slots: int) -> Iterator[None]:
+    """Memory that runs out is the world's fault, an `EngineError`; any other error is a bug and passes."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise EngineError(
+            f"out of memory while decoding {slots} slots: lower engine.slots, engine.max_tokens or the response "
+            f"budget, or set engine.memory_gib ({str(error).splitlines()[0]})"
+        ) from error

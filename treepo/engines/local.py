@@ -16,57 +16,26 @@ import asyncio
 import heapq
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from transformers import PreTrainedModel
 
 from treepo import attention
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
-from treepo.engines.batch import Batch, Row
+from treepo.engines.batch import Batch, Row, Stats
 from treepo.engines.kept import Block, Budget, Kept
-from treepo.engines.kvcache import Cache, Decode, Steps, evaluating, prefill
+from treepo.engines.kvcache import Cache, Decode, Steps, evaluating, out_of_memory, prefill
 from treepo.engines.pages import Name, Pages, names
+from treepo.engines.settings import LocalSettings
 from treepo.engines.slots import Slots
 from treepo.errors import ConfigError, EngineError
-from treepo.settings import Settings
 from treepo.tree import Tree
 
 # Turns of the event loop after a segment has ended: its caller wakes, a gather above it, and what that submits.
 TURNS = 6
-
-
-class LocalSettings(Settings):
-    """Decode on the model that is trained, in this process."""
-
-    kind: Literal["local"] = "local"
-    slots: int = Field(default=128, gt=0, description="Segments decoded at once.")
-    max_tokens: int | None = Field(
-        default=None, gt=1, description="Most tokens of prompt and response in a slot; default: the model's context."
-    )
-    memory_gib: float | None = Field(
-        default=None,
-        gt=0,
-        description="Most GiB of key-values, of all slots and of the open trees; default: no limit. Trees that do not "
-        "fit wait for older ones, and rows share no pages.",
-    )
-    cuda_graphs: bool = Field(default=True, description="On CUDA, replay recorded steps; elsewhere without effect.")
-
-
-@dataclass(slots=True)
-class Stats:
-    """What the engine has computed since it was made; the caller may read and reset it at any time."""
-
-    prefilled_tokens: int = 0  # of prompts, once per tree
-    decoded_tokens: int = 0  # one per row and step; steps of cancelled segments included
-    steps: int = 0
-    copied_tokens: int = 0  # of prefixes, from a tree's key-values into a slot or a page
-    continued_tokens: int = 0  # of prefixes that still lay in the slot where the parent had ended
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -94,9 +63,30 @@ class LocalHandle:
         self.entropies = entropies
         self.kept = Kept(tree, max_tokens)
 
-    async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
-        """Continue the prefix that ends with `node`; see `Handle`. `seed` must name no other segment of the tree."""
-        row = self._engine._submit(self, node, max_tokens, seed)
+    async def generate(
+        self,
+        node: int,
+        max_tokens: int,
+        seed: int,
+        *,
+        name: int | None = None,
+        sampling: Sampling | None = None,
+        stop_ids: frozenset[int] | None = None,
+    ) -> Segment:
+        """Continue the prefix that ends with `node`; see `Handle`. `seed` must name no other segment of the tree.
+
+        `name`: the segment's name where it is not `seed`, which then may be used again. `sampling` and `stop_ids`: its
+        own in place of the tree's.
+        """
+        row = self._engine._submit(
+            self,
+            node,
+            max_tokens,
+            seed if name is None else name,
+            seed,
+            self.sampling if sampling is None else sampling,
+            self.stop_ids if stop_ids is None else stop_ids,
+        )
         try:
             return await row.future
         finally:
@@ -151,6 +141,9 @@ class LocalEngine:
         """Tokens whose key-values are kept for the open trees."""
         return sum(block.tokens for handle in self._handles for block in handle.kept.blocks.values())
 
+    async def start(self) -> None:
+        """The model is here already."""
+
     async def open(
         self,
         tree: Tree,
@@ -182,11 +175,14 @@ class LocalEngine:
         self._handles.append(LocalHandle(self, tree, sampling, frozenset(stop_ids), most, entropies))
         return self._handles[-1]
 
-    def load_weights(self, version: int) -> None:
+    async def load_weights(self, version: int) -> None:
         """The module has been updated: later segments carry `version`. All key-values are gone."""
         if self._handles:
             raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
         self.version = version
+
+    async def close(self) -> None:
+        """The last tree that closed has freed all there was."""
 
     def _room(self, memory_gib: float) -> Budget:
         """What the trees may keep beside the slots."""
@@ -206,7 +202,16 @@ class LocalEngine:
         own = self._settings.max_tokens is not None and self._settings.max_tokens <= causal_lm.context(self._model)
         return "engine.max_tokens" if own else "the model's context (max_position_embeddings)"
 
-    def _submit(self, handle: LocalHandle, node: int, max_tokens: int, seed: int) -> _Request:
+    def _submit(
+        self,
+        handle: LocalHandle,
+        node: int,
+        max_tokens: int,
+        name: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+    ) -> _Request:
         tree = handle.tree
         end = tree.nodes[node]
         prefix = end.start + len(end.tokens)
@@ -219,8 +224,8 @@ class LocalEngine:
                 f"tree {tree.key!r}: {prefix} tokens of prefix and max_tokens={max_tokens} exceed {self.context}: "
                 f"lower the response budget, or raise {self._limit()}"
             )
-        if seed in handle.kept.blocks and any(other.seed == seed for other in tree.nodes[1:]):
-            raise ValueError(f"tree {tree.key!r} has a segment of seed {seed} already")
+        if name in handle.kept.blocks and any(other.seed == name for other in tree.nodes[1:]):
+            raise ValueError(f"tree {tree.key!r} has a segment of seed {name} already")
         loop = asyncio.get_running_loop()
         if self._task is not None and self._task.get_loop() is not loop:
             self._abandon()  # a loop that ended without cancelling its tasks
@@ -229,9 +234,10 @@ class LocalEngine:
             prefix=prefix,
             last=end.tokens[-1],
             max_tokens=max_tokens,
-            seed=seed,
-            sampling=handle.sampling,
-            stop_ids=handle.stop_ids,
+            seed=name,
+            draws=seed,
+            sampling=sampling,
+            stop_ids=stop_ids,
             kept=handle.kept,
             spans=spans,
             pages=names(handle.kept, spans, self.page),
@@ -286,6 +292,10 @@ class LocalEngine:
                 row.future.cancel()
         if not self._handles:
             self._queue, self._batch, self._slots = [], None, None
+            # Whatever is opened next starts as in a new engine: which rows share a step does not hang on the past.
+            if self._task is not None and not self._live:
+                task, self._task = self._task, None
+                task.cancel()
         self._wake()
 
     def _abandon(self) -> None:
@@ -313,7 +323,7 @@ class LocalEngine:
         while True:
             for _ in range(turns):
                 await asyncio.sleep(0)
-            with evaluating(modules), _out_of_memory(self._settings):
+            with evaluating(modules), out_of_memory(self._settings.slots):
                 self._admit()
                 if not self._rows:
                     break
@@ -404,17 +414,3 @@ class LocalEngine:
             return
         slots.keep(slot)
         row.future.set_result(Segment(row.tokens, row.logprobs, self.version, row.entropies))
-
-
-@contextmanager
-def _out_of_memory(settings: LocalSettings) -> Iterator[None]:
-    """Memory that runs out is the world's fault; any other error is a bug and passes."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
-            raise
-        raise EngineError(
-            f"out of memory while decoding {settings.slots} slots: lower engine.slots, engine.max_tokens or the "
-            f"response budget, or set engine.memory_gib ({str(error).splitlines()[0]})"
-        ) from error

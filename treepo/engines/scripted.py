@@ -46,6 +46,9 @@ class ScriptedEngine:
         self._delays = None if shuffle is None else Random(shuffle)
         self._attempts: dict[int, int] = {}
 
+    async def start(self) -> None:
+        """Nothing has to be reached."""
+
     async def open(
         self,
         tree: Tree,
@@ -59,8 +62,11 @@ class ScriptedEngine:
         self.open_trees += 1
         return ScriptedHandle(self, tree, frozenset(stop_ids), entropies)
 
-    def load_weights(self, version: int) -> None:
+    async def load_weights(self, version: int) -> None:
         self.version = version
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
     async def _turn(self, seed: int) -> None:
         for _ in range(self._delays.randrange(8) if self._delays else 1):

@@ -173,8 +173,7 @@ def _over_run(result: Result) -> float:
 
 
 def _tokens_per_query(config: Config, problems: int, watch: Watch) -> Result:
-    actor = build_actor(config)
-    with actor.scorer:
+    with build_actor(config) as actor:
         chosen = actor.task.problems("train")[:problems]
         rollouts = actor.rollouts(
             [(f"tokens/{p}", problem) for p, problem in enumerate(chosen)],

@@ -43,8 +43,7 @@ class Sampling(Study):
     def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
         if cell.stage == START:
             return starting_model(config, folder, watch)
-        actor = build_actor(config)
-        with actor.scorer:
+        with build_actor(config) as actor:
             return self.sample(config, actor, watch)
 
     def sample(self, config: Config, actor: Actor, watch: Watch) -> Result:
@@ -209,7 +208,7 @@ class Efficiency(Sampling):
             watch.progress(done / len(shapes), name)
             sampler = Sampler(actor.engine, shape, lambda _: "", ())
             start = clock()
-            trees = sampler.sample(prompts, config.seed)
+            trees = actor.run(sampler.grow_all(prompts, config.seed))
             seconds = clock() - start
             leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
             if {tree.response_length(leaf) for tree, leaf in leaves} != {self.response_tokens}:

@@ -165,10 +165,9 @@ def starting_cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
 
 def starting_model(config: Config, folder: Path, watch: Watch) -> Result:
     """Create and warm up the model of `config` and its seed, and save it in `folder`."""
-    actor = build_actor(
+    with build_actor(
         config, on_warmup=lambda step, steps, loss: watch.progress(step / steps, f"warm-up, loss {loss:.3f}")
-    )
-    with actor.scorer:
+    ) as actor:
         actor.model.save_pretrained(folder / "model")
         actor.tokenizer.save_pretrained(folder / "model")
     return {"model": str((folder / "model").resolve())}

@@ -1,0 +1,87 @@
+"""Does an engine decode with the weights that are trained? Its log-probs of a short segment say so.
+
+For any engine whose weights are not the trained module itself: an update that was ignored, half done, or answered from
+a stale cache looks like success until the ratios of the loss go wrong, silently.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from treepo import model as causal_lm
+from treepo.attention import Causal
+from treepo.engines import Handle, Sampling, Segment
+from treepo.seeds import derive, generator
+from treepo.tree import ROOT, Tree
+
+# Not 1: so that a server which sends the log-probs before temperature is found, too.
+SAMPLING = Sampling(temperature=0.7)
+PROMPT, TOKENS = 24, 16
+MOVED = 1e-3  # nats: bfloat16 weights may round smaller updates away
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An engine's segment, and what the model here says of it."""
+
+    tokens: list[int]
+    logprobs: list[float]  # by the engine
+    expected: list[float]  # by the model
+
+    @property
+    def difference(self) -> float:
+        """The largest one between the two, in nats."""
+        return max(abs(a - b) for a, b in zip(self.logprobs, self.expected, strict=True))
+
+    def ignored_update(self, before: Probe | None) -> bool:
+        """Whether the engine answers to the bit as `before`, although the model has moved since."""
+        if before is None or (self.tokens, self.logprobs) != (before.tokens, before.logprobs):
+            return False
+        return max(abs(a - b) for a, b in zip(self.expected, before.expected, strict=True)) > MOVED
+
+
+def mismatch(found: Probe, before: Probe | None, tolerance: float) -> str | None:
+    """What is wrong with an engine that answers as `found`, and likely reasons; None: nothing.
+
+    `before`: how it answered before weights were sent to it, if they were. `tolerance` in nats.
+    """
+    if found.ignored_update(before):
+        return "it answers as before, although the model has moved: it ignored the update, or kept a stale prefix cache"
+    if found.difference <= tolerance:
+        return None
+    return (
+        f"log-probs of a probe differ by up to {found.difference:.3g} nats from the model's, above engine.tolerance "
+        f"({tolerance:g}). Likely reasons: it serves another model; it ignored an update or kept a stale prefix cache; "
+        "its log-probs are those before temperature (vLLM needs --logprobs-mode processed_logprobs, SGLang must not "
+        "have SGLANG_RETURN_ORIGINAL_LOGPROB); or it computes in lower precision, which engine.tolerance must allow for"
+    )
+
+
+def probe_tree(model: PreTrainedModel) -> Tree:
+    """The prompt of a probe: random token ids, always the same."""
+    rng = generator("probe")
+    length = min(PROMPT, causal_lm.context(model) // 2)
+    return Tree([rng.randrange(model.config.vocab_size) for _ in range(length)], key="probe")
+
+
+async def probe(handle: Handle, tree: Tree, model: PreTrainedModel) -> Probe:
+    """Ask an engine for a segment of `tree` (of `probe_tree`, opened with `SAMPLING` and no stop ids)."""
+    tokens = min(TOKENS, causal_lm.context(model) - len(tree.prompt))
+    segment = await handle.generate(ROOT, tokens, derive("probe", 0))
+    return compared(tree, segment, model)
+
+
+def compared(tree: Tree, segment: Segment, model: PreTrainedModel) -> Probe:
+    """`segment`, which follows the prompt of `tree`, with the log-probs that `model` gives its tokens."""
+    ids = torch.tensor([*tree.prompt, *segment.tokens], device=model.device)
+    positions = torch.arange(len(ids), device=model.device)
+    with torch.no_grad():
+        states = causal_lm.hidden(model, ids[None], positions[None], Causal())[0]
+        first = len(tree.prompt)
+        expected, _ = causal_lm.token_logprobs(
+            model, states[first - 1 : -1], ids[first:], temperature=SAMPLING.temperature
+        )
+    return Probe(segment.tokens, segment.logprobs, expected.tolist())
