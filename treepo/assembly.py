@@ -15,7 +15,7 @@ from treepo.actor import Actor, require_room
 from treepo.config import Config
 from treepo.engines import Engine
 from treepo.engines.local import LocalEngine
-from treepo.engines.settings import LocalSettings
+from treepo.engines.settings import LocalSettings, ServerSettings
 from treepo.errors import ConfigError
 from treepo.processes import Processes
 from treepo.seeds import derive
@@ -52,7 +52,7 @@ def build_actor(
     processes = processes or Processes()
     with ExitStack() as undo:
         runner = undo.enter_context(asyncio.Runner())
-        engine = build_engine(config, model, sends=processes.main)
+        engine = build_engine(config, model, processes)
         undo.callback(lambda: runner.run(engine.close()))
         causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
         runner.run(engine.start())
@@ -67,11 +67,16 @@ def build_actor(
     return Actor(task, tokenizer, model, engine, scorer, processes=processes, runner=runner)
 
 
-def build_engine(config: Config, model: PreTrainedModel, *, sends: bool = True) -> Engine:
-    """The engine that `config` describes, for `model`; `sends`: whether this process sends weights to servers."""
+def build_engine(config: Config, model: PreTrainedModel, processes: Processes) -> Engine:
+    """The engine that `config` describes, for `model`. Servers are shared: the main process sends them weights."""
     settings = config.engine
     if isinstance(settings, LocalSettings):
         return LocalEngine(model, settings)
-    from treepo.engines.server import ServerEngine  # only who asks for it waits for the HTTP client
+    folder = settings.weights_dir or Path(config.out) / "weights"
+    if isinstance(settings, ServerSettings):
+        from treepo.engines.server import ServerEngine  # only who asks for it waits for the HTTP client
 
-    return ServerEngine(model, settings, settings.weights_dir or Path(config.out) / "weights", sends=sends)
+        return ServerEngine(model, settings, folder, sends=processes.main)
+    from treepo.engines.vllm import VLLMEngine
+
+    return VLLMEngine(model, settings, Path(folder) / f"process-{processes.rank}")

@@ -72,7 +72,7 @@ class VLLMGenerate:
         return None
 
     def body(self, model: str, ask: Ask) -> Json:
-        params = {**_vllm_sampling(ask), "logprobs": 0, "detokenize": False}
+        params = {**vllm_sampling(ask), "logprobs": 0, "detokenize": False}
         return {"model": model, "token_ids": ask.tokens, "sampling_params": params, "stream": False}
 
     def read(self, reply: Any) -> Reply:
@@ -93,7 +93,7 @@ class VLLMCompletions:
 
     def body(self, model: str, ask: Ask) -> Json:
         more = {"logprobs": 1, "return_token_ids": True, "skip_special_tokens": False, "stream": False}
-        return {"model": model, "prompt": ask.tokens, **_vllm_sampling(ask), **more}
+        return {"model": model, "prompt": ask.tokens, **vllm_sampling(ask), **more}
 
     def read(self, reply: Any) -> Reply:
         (choice,) = reply["choices"]
@@ -219,7 +219,7 @@ def update_of(paths: Collection[str]) -> Update | None:
     return CollectiveRPC() if CollectiveRPC.path in paths else None
 
 
-def _vllm_sampling(ask: Ask) -> dict[str, Any]:
+def vllm_sampling(ask: Ask) -> dict[str, Any]:
     """Everything is said, for what is not is taken from the model's generation_config.json."""
     sampling = ask.sampling
     return {

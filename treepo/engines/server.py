@@ -15,7 +15,6 @@ import logging
 import shutil
 import time
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -26,7 +25,8 @@ from treepo.engines.dialects import Ask, checked
 from treepo.engines.probe import SAMPLING, Probe, mismatch, probe, probe_tree
 from treepo.engines.replica import DeadError, Replica
 from treepo.engines.settings import ServerSettings
-from treepo.errors import EngineError, writing
+from treepo.engines.weights import save
+from treepo.errors import EngineError
 from treepo.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -289,14 +289,4 @@ class ServerEngine:
         return replica.probed
 
     def _save(self, version: int) -> Path:
-        """The model in a folder that appears at once or not at all."""
-        final = self._folder / f"version-{version:06d}"
-        part = final.with_name(f".{final.name}.part")
-        with writing(final, "engine.weights_dir must be a folder that this process can write to"):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            self._model.save_pretrained(part)
-            with suppress(FileNotFoundError):
-                shutil.rmtree(final)
-            part.rename(final)
-        return final
+        return save(self._model, self._folder, version)

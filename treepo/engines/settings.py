@@ -78,7 +78,38 @@ class ServerSettings(Settings):
         return plain
 
 
-KINDS = ("local", "server")
+class VLLMSettings(Settings):
+    """Decode on vLLM in this process, on the same device as the training or on its own ones."""
+
+    kind: Literal["vllm"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What vLLM computes in; auto: as the model here."
+    )
+    block_tokens: int | None = Field(
+        None, ge=1, description="Tokens per block of the prefix cache; default: 16, on CPUs 32."
+    )
+    max_num_seqs: int = Field(256, ge=1, description="Most segments decoded at once.")
+    max_model_len: int | None = Field(
+        None, ge=2, description="Most tokens of prompt and response; default: the model's context."
+    )
+    gpu_memory_utilization: float = Field(
+        0.4, gt=0, lt=1, description="Share of the GPU's memory for vLLM; what is left is for training."
+    )
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model.")
+    enforce_eager: bool = Field(False, description="Start faster, without compiling or CUDA graphs, and decode slower.")
+    args: dict[str, Any] = Field({}, description="Anything else that vLLM's AsyncEngineArgs take, as they call it.")
+    weights_dir: str | None = Field(
+        None, description="Folder through which vLLM gets new weights; default: `weights` in the run's folder."
+    )
+    tolerance: float = Field(
+        0.05,
+        gt=0,
+        description="Largest difference in nats between vLLM's log-probs and those of the model here; where it "
+        "computes in bfloat16 about 0.2.",
+    )
+
+
+KINDS = ("local", "server", "vllm")
 
 
 def _kind(value: Any) -> Any:
@@ -97,7 +128,9 @@ def _known(kinds: Collection[str]) -> BeforeValidator:
 
 
 EngineSettings = Annotated[
-    Annotated[LocalSettings, Tag("local")] | Annotated[ServerSettings, Tag("server")],
+    Annotated[LocalSettings, Tag("local")]
+    | Annotated[ServerSettings, Tag("server")]
+    | Annotated[VLLMSettings, Tag("vllm")],
     Discriminator(_kind),
     _known(KINDS),
 ]
