@@ -1,4 +1,4 @@
-"""vLLM in this process: exact log-probs, prefixes that are reused, weights that arrive. One engine for nearly all tests.
+"""vLLM in this process: exact log-probs, prefixes reused, weights that arrive. One engine for nearly all tests.
 
 Needs the environment that `make venv-vllm` makes; `make test-vllm` runs it.
 """
