@@ -8,7 +8,7 @@ import pytest
 from small_runs import save_model
 
 from treepo import model as causal_lm
-from treepo.actor import Actor
+from treepo.actor import Actor, require_room
 from treepo.engines.scripted import ScriptedEngine
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.seeds import generator
@@ -163,3 +163,12 @@ def test_an_actor_has_one_event_loop_for_all_its_calls_and_closes_what_it_has(he
     assert len(loops) == 5 and len(set(loops)) == 1 and loops[0].is_closed()
     with pytest.raises(RuntimeError, match="after shutdown"):
         scorer.score([(BOTH[0][1], "x")])
+
+
+def test_segments_that_are_short_for_the_cache_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    engine = ScriptedEngine(letters, granularity=16)
+    for tokens, mode in ((32, "tree"), (31, "iid")):
+        require_room(engine, SamplerSettings(segment_tokens=tokens, mode=mode))
+    assert not caplog.records
+    require_room(engine, SamplerSettings(segment_tokens=31))
+    assert "less than two blocks" in caplog.text

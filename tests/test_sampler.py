@@ -14,7 +14,7 @@ from treepo.errors import EngineError
 from treepo.policies.branching import LevelBudget
 from treepo.policies.fallback import Block, GridBoundary, LowestLogProb, NoFallback, Restart, SegmentBoundary
 from treepo.policies.stopping import EarlyStop
-from treepo.sampler import SamplerSettings
+from treepo.sampler import Sampler, SamplerSettings
 from treepo.seeds import generator
 from treepo.tree import ROOT, Stop, Tree
 
@@ -132,6 +132,25 @@ def test_iid_mode_is_a_star_of_whole_responses() -> None:
 
 
 # A budget of tokens in place of leaves --------------------------------------------------------------------------------
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(2, 16), st.integers(1, 6))
+def test_aligned_segments_end_one_token_past_a_block(prompt: int, segment: int, block: int, depth: int) -> None:
+    shape = SamplerSettings(
+        width=5, segment_tokens=segment, max_depth=depth, align_segments=True, stopping=EarlyStop(repetition_count=0)
+    )
+    engine = ScriptedEngine(random_reply(9), granularity=block)
+    (tree,) = Sampler(engine, shape, str, ()).sample([("q", [1] * prompt)], seed=0)
+    assert len(tree.leaves()) == 5
+    for node in tree.nodes[1:]:
+        end = node.start + len(node.tokens)
+        over = (prompt + tree.response_length(node.parent) + segment - 1) % block
+        last = tree.response_length(node.parent) + segment >= segment * depth
+        assert len(node.tokens) <= segment and (last or (end - 1) % block == 0 or over >= segment)
+    plain = ScriptedEngine(random_reply(9), granularity=block)
+    loose = Sampler(plain, shape.model_copy(update={"align_segments": False}), str, ())
+    assert all(len(node.tokens) == segment for node in loose.sample([("q", [1] * prompt)], seed=0)[0].nodes[1:])
 
 
 def test_a_token_budget_asks_for_as_many_leaves_as_make_it_up_judged_by_their_mean_length() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from treepo.tasks import Problem, Task
 from treepo.tasks.scoring import Score, Scorer
 from treepo.tree import Rollout, Stop, Tree
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -39,6 +41,12 @@ def require_room(engine: Engine, sampler: SamplerSettings) -> None:
             f"{sampler.tree_tokens}, and there is room for {engine.tree_tokens} with the prompt: raise "
             "engine.memory_gib, or lower engine.slots, the leaves (sampler.width, evaluate.samples) or the response "
             "budget"
+        )
+    if sampler.mode == "tree" and sampler.segment_tokens < 2 * engine.granularity > 2:
+        log.warning(
+            "sampler.segment_tokens=%d is less than two blocks of the engine's prefix cache (%d tokens each): up to a "
+            "block is computed again for every segment; longer segments or smaller engine.block_tokens save that",
+            *(sampler.segment_tokens, engine.granularity),
         )
 
 

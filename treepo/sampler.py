@@ -41,6 +41,11 @@ class SamplerSettings(Settings):
     )
     min_width: int = Field(1, ge=1, description="Fewest leaves of a tree with a `token_budget`.")
     segment_tokens: int = Field(256, ge=1, description="Most tokens decoded between two decisions.")
+    align_segments: bool = Field(
+        False,
+        description="End segments one token past a block of the engine's prefix cache where they can, by making them "
+        "shorter: the next one then computes a single token again instead of up to a block.",
+    )
     max_depth: int = Field(14, ge=1, description="Most segments on a path.")
     sampling: Sampling = Sampling()
     branching: AnyBranching = Field(LevelBudget(), description="Where and how often a tree forks.")
@@ -207,6 +212,10 @@ class Sampler:
     async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:
         room = self.settings.response_tokens - tree.response_length(node)
         tokens = min(self.settings.level_tokens, room)
+        if self.settings.align_segments and self.settings.mode == "tree":
+            # The key-values of the last token are not there yet: the rest should be whole blocks.
+            beyond = (len(tree.prompt) + tree.response_length(node) + tokens - 1) % self.engine.granularity
+            tokens -= beyond if beyond < tokens < room else 0
         failure = EngineError("never asked")
         for _ in range(self.settings.retries + 1):
             try:

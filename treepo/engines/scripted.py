@@ -32,14 +32,20 @@ class ScriptedEngine:
     `failure_rate`, drawn from its seed and the number of the attempt.
     """
 
-    granularity = 1
     tree_tokens = 1 << 60
 
     def __init__(
-        self, reply: Reply, *, context: int = 1 << 30, shuffle: int | None = None, failure_rate: float = 0.0
+        self,
+        reply: Reply,
+        *,
+        context: int = 1 << 30,
+        granularity: int = 1,
+        shuffle: int | None = None,
+        failure_rate: float = 0.0,
     ) -> None:
         self.reply = reply
         self.context = context
+        self.granularity = granularity
         self.failure_rate = failure_rate
         self.version = 0
         self.open_trees = 0
