@@ -1,10 +1,11 @@
 """Trees on vLLM against its own n = 16: trajectories per second, what is computed again, and what our side costs.
 
-Needs the environment of `make venv-vllm`: `.venv-vllm/bin/python -m benchmarks.servers`. 8 prompts x 16 responses of 512
-tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Wall clock,
-for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache, other than each prompt
-once, over generated tokens; `client_cpu` the share of this process, where treepo and vLLM's front end run, in the CPU
-time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine that answers at once.
+Needs the environment of `make venv-vllm`: `.venv-vllm/bin/python -m benchmarks.servers`. 8 prompts x 16 responses of
+512 tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Wall
+clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache, other
+than each prompt once, over generated tokens; `client_cpu` the share of this process, where treepo and vLLM's front end
+run, in the CPU time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine that answers at
+once.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ async def parallel(engine: VLLMEngine, ids: list[list[int]], response: int, seed
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        async for output in engine._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, f"n-{seed}-{i}"):
+        async for output in engine.llm.generate(TokensPrompt(prompt_token_ids=prompt), params, f"n-{seed}-{i}"):
             last = output
         return sum(len(found.token_ids) for found in last.outputs)
 

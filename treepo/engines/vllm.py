@@ -72,7 +72,7 @@ class VLLMEngine:
         self._model, self._settings = model, settings
         self._folder = Path(folder).expanduser().absolute()
         self._weights: Path | None = None  # where vLLM has read them last
-        self._llm: Any = None
+        self.llm: Any = None  # vLLM's AsyncLLM, once it was started
         self._handles: set[VLLMHandle] = set()
         self._numbers = count()
         self._lock = asyncio.Lock()  # of whoever sees to the weights
@@ -89,7 +89,7 @@ class VLLMEngine:
 
         Raises `ConfigError` if vLLM is not there or refuses the settings.
         """
-        if self._llm is not None:
+        if self.llm is not None:
             return
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -121,7 +121,7 @@ class VLLMEngine:
         }
         log.info("engine: vLLM starts; this takes a while")
         try:
-            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given | settings.args))
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given | settings.args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"engine.kind=vllm: vLLM does not start: {error}") from error
 
@@ -165,9 +165,9 @@ class VLLMEngine:
 
     async def close(self) -> None:
         """End vLLM's processes."""
-        if self._llm is not None:
-            self._llm.shutdown()
-            self._llm = None
+        if self.llm is not None:
+            self.llm.shutdown()
+            self.llm = None
 
     async def _ask(self, ask: Ask) -> Reply:
         from vllm import SamplingParams
@@ -180,7 +180,7 @@ class VLLMEngine:
         )
         number = f"treepo-{next(self._numbers)}"
         try:
-            async for last in self._llm.generate(TokensPrompt(prompt_token_ids=ask.tokens), params, number):
+            async for last in self.llm.generate(TokensPrompt(prompt_token_ids=ask.tokens), params, number):
                 output = last
         except EngineDeadError as error:
             raise EngineError(f"vLLM has died: {error}; what it last said is above") from error
@@ -214,10 +214,10 @@ class VLLMEngine:
     async def _reload(self) -> None:
         old, self._weights = self._weights, self._save()
         try:
-            await self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
+            await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
         except Exception as error:  # whatever a worker raised arrives as a bare Exception
             raise EngineError(f"vLLM cannot load version {self.version} of the weights: {error}") from error
-        if not await self._llm.reset_prefix_cache():
+        if not await self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its prefix cache after an update: requests are still under way")
         if old is not None and old != self._weights:
             shutil.rmtree(old, ignore_errors=True)
