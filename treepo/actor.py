@@ -87,6 +87,12 @@ class Actor:
         """The result of `work` on the engine's event loop. Ctrl-C cancels it and raises `KeyboardInterrupt`."""
         return self.runner.run(work)
 
+    def interrupt(self) -> None:
+        """Cancel what runs on the event loop in another thread, if anything does."""
+        loop = self.runner.get_loop()
+        if loop.is_running():
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+
     def load_weights(self, version: int) -> None:
         """The model has changed: from now on the engine samples from it; all processes call this together.
 

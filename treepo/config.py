@@ -63,6 +63,11 @@ class TrainerSettings(Settings):
         description="The reward falls linearly over so many last tokens of the response budget; 0: it does not.",
     )
     overlong_penalty: float = Field(1.0, ge=0, description="What a response of the full budget loses.")
+    ahead: bool = Field(
+        False,
+        description="Sample the next step's trees while this step's update is computed: they are one step stale, which "
+        "loss.rollout_cap makes up for. For engines with weights of their own (server, vllm) and a single process.",
+    )
     max_error_rate: float = Field(0.2, ge=0, le=1, description="A step with more leaves without reward fails the run.")
     eval_every: int = Field(
         20, ge=0, description="Steps between held-out evaluations, with one at either end; 0: none at all."
@@ -102,6 +107,12 @@ class Config(Settings):
             raise ValueError("trainer.mini_batches must not exceed trainer.prompts_per_step")
         if self.trainer.overlong_tokens > self.sampler.response_tokens:
             raise ValueError("trainer.overlong_tokens must not exceed the response budget (segment_tokens * max_depth)")
+        if self.trainer.ahead and self.engine.kind == "local":
+            raise ValueError("trainer.ahead needs an engine with weights of its own: engine.kind=server or vllm")
+        if self.trainer.ahead and self.loss.rollout_cap is None:
+            raise ValueError(
+                "trainer.ahead trains on stale trees: correct for it by loss.rollout_cap, such as 2.0"
+            )
         if self.warmup is not None and self.model.create is None:
             raise ValueError(
                 "warmup is for a model that is created: set model.create instead of model.path, or drop it"

@@ -14,11 +14,12 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -58,6 +59,14 @@ class Observer:
     def saved(self, path: Path) -> None: ...
 
 
+class Collected(NamedTuple):
+    """What a step has sampled."""
+
+    sampled: list[Rollout]
+    used: list[Rollout]  # to train on
+    position: int  # in the stream of problems, after them
+
+
 class Trainer:
     """A run in its folder (`RunFolder`); `resume` goes on after the newest checkpoint."""
 
@@ -76,6 +85,8 @@ class Trainer:
         tested = config.task.problems("test")[: config.evaluate.problems] if config.trainer.eval_every else ()
         self.accelerator = self._accelerator()
         self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        if config.trainer.ahead and self.processes.count > 1:
+            raise ConfigError("trainer.ahead is for one process: sampling and updates of several would cross")
         self.observer = observer if observer and self.processes.main else Observer()
         self.folder = RunFolder(config, resume=resume)
         found = self.folder.latest_checkpoint()
@@ -100,6 +111,9 @@ class Trainer:
                 self.folder.claim()
                 self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
             self.updater = Updater(config, model, self._reference(resumed=bool(found)), optimizer, self.processes)
+            self._ahead: Future[Collected] | None = None  # what the next step will train on, under way
+            self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if config.trainer.ahead else None
+            self._exit.callback(self.actor.interrupt)  # first, so that the pool need not wait for long
         except BaseException:  # not handled, only tidied up after
             self._exit.close()
             raise
@@ -133,6 +147,7 @@ class Trainer:
                 self._evaluate()
             if self.state.step % settings.save_every == 0:
                 self._save()
+        self._ahead = None  # of a run that was stopped: resumed, it samples anew
         if self.state.step % settings.save_every:
             self._save()
         self.accelerator.end_training()
@@ -144,7 +159,11 @@ class Trainer:
     def _step(self, step: int) -> Metrics:
         start = time.perf_counter()
         spent = dict(self.actor.seconds)
-        sampled, used, position = self._collect(step)
+        sampled, used, position = self._ahead.result() if self._ahead else self._collect(step, self.state.position)
+        # While this step's update is computed, the engine goes on with the weights that it has.
+        self._ahead = None
+        if self._sampling and step < self.config.trainer.steps and not self.stopping:
+            self._ahead = self._sampling.submit(self._collect, step + 1, position)
         metrics = self._describe(step, sampled, used)
         update_start = time.perf_counter()
         planned = self.updater.plan
@@ -157,6 +176,8 @@ class Trainer:
             and step % self.config.trainer.save_trees_every == 0
         ):
             self.folder.write_trees(step, sampled)
+        if self._ahead:
+            wait([self._ahead])  # weights change between batches only
         self.actor.load_weights(step)
         end = time.perf_counter()
         metrics["seconds"] = {
@@ -170,10 +191,10 @@ class Trainer:
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
-    def _collect(self, step: int) -> tuple[list[Rollout], list[Rollout], int]:
-        """All rollouts of a step, those to train on, and the position in the stream of problems after it."""
+    def _collect(self, step: int, position: int) -> Collected:
+        """The rollouts of a step, whose problems begin at `position` of their stream."""
         settings, dynamic = self.config.trainer, self.config.trainer.dynamic_sampling
-        wanted, position = settings.prompts_per_step, self.state.position
+        wanted = settings.prompts_per_step
         sampled: list[Rollout] = []
         useful: list[Rollout] = []
         for _ in range(1 + (dynamic.rounds if dynamic else 0)):
@@ -195,7 +216,7 @@ class Trainer:
                 break
         if len(useful) > wanted:  # at random, so that quick problems are not preferred
             useful = generator(self.config.seed, "keep", step).sample(useful, wanted)
-        return sampled, useful, position
+        return Collected(sampled, useful, position)
 
     def _problems_from(self, position: int, count: int) -> Iterator[tuple[int, Problem]]:
         """`count` problems of the endless stream of shuffled epochs, with their positions."""
@@ -222,6 +243,7 @@ class Trainer:
         unique = sum(r.tree.unique_tokens for r in sampled)
         flat = sum(r.tree.flat_tokens for r in sampled)
         logprobs = [lp for r in sampled for node in r.tree.nodes for lp in node.logprobs]
+        versions = [node.version for r in sampled for node in r.tree.nodes[1:]]
         stops = Counter(str(tree.nodes[leaf].stop) for tree, leaf in leaves)
         return {
             "step": step,
@@ -235,6 +257,8 @@ class Trainer:
             "sharing": flat / max(1, unique),
             "response_tokens": flat / len(leaves),
             "surprisal": -float(np.mean(logprobs)) if logprobs else None,  # an estimate of the entropy, in nats
+            "staleness": float(np.mean([step - 1 - v for v in versions])) if versions else None,
+            "mixed_versions": float(np.mean([len({n.version for n in r.tree.nodes[1:]}) > 1 for r in sampled])),
             "stops": {stop.value: stops[stop.value] for stop in Stop if stops[stop.value]},
         }
 
