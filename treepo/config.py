@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -23,6 +23,8 @@ from treepo.tasks.lock import LockTask
 from treepo.tasks.program import ProgramTask
 from treepo.tasks.scoring import ScoringSettings
 from treepo.warmup import WarmupSettings
+
+S = TypeVar("S", bound=Settings)
 
 
 class DynamicSampling(Settings):
@@ -146,6 +148,14 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{' '.join(overrides)}: {explain(error, values)}") from error
+
+
+def valid(settings: type[S], **values: Any) -> S:
+    """`settings` with these values; raises `ConfigError` as `load` does."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, values, settings)) from error
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, Any]:

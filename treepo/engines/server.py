@@ -92,6 +92,7 @@ class ServerEngine:
         self._handles: set[ServerHandle] = set()
         self._revivals: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting, self._started = asyncio.Lock(), False
         self.context = causal_lm.context(model)
         self.tree_tokens = 1 << 60
         self.granularity = settings.block_tokens or 1
@@ -100,15 +101,17 @@ class ServerEngine:
     async def start(self) -> None:
         """Find out what the servers are; those that cannot be reached count as dead, and one must be left."""
         loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        if self._loop is not None:
+        if self._loop not in (None, loop):
             raise RuntimeError("a server engine belongs to one event loop: use Actor.run or Sampler.grow_all")
         self._loop = loop
-        found = await asyncio.gather(*(replica.connect() for replica in self._replicas), return_exceptions=True)
-        self._sort_out(self._replicas, found)
-        self._learn()
-        await self._require_some()
+        async with self._starting:
+            if self._started:
+                return
+            found = await asyncio.gather(*(replica.connect() for replica in self._replicas), return_exceptions=True)
+            self._sort_out(self._replicas, found)
+            self._learn()
+            await self._require_some()
+            self._started = True
 
     async def open(
         self,
