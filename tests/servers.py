@@ -120,6 +120,14 @@ def subprocess_serving(folder: Path, *options: str) -> Iterator[tuple[subprocess
         process.communicate()
 
 
+class Cut(Response):
+    """A reply whose connection breaks before it is complete."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
+        await send({"type": "http.response.body", "body": b"{"})
+
+
 def refusing(status: int, times: int, *paths: str) -> Intercept:
     """The first `times` requests for `paths` are answered with an error."""
     error = JSONResponse({"error": {"message": "for a test", "type": "Test", "param": None, "code": status}}, status)

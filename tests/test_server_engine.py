@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from servers import Served, engine_of, refusing, subprocess_serving
+from servers import Cut, Served, engine_of, refusing, subprocess_serving
 from small_runs import save_model, small_config, write_config
 from starlette.responses import JSONResponse, Response
 
@@ -455,6 +455,46 @@ def test_weights_that_somebody_else_has_changed_are_sent_again(folder, policy, t
         trees = run(engine, meddle)
         assert server.count(FromDisk.path) == 3
     assert max(worst_error(policy, tree) for tree in trees) < 1e-4
+
+
+def test_after_a_broken_connection_a_server_must_show_its_weights_again(folder, policy, tmp_path):
+    old = causal_lm.load(str(folder)).state_dict()
+
+    def restart(path, count):
+        if path != GENERATE or count != 12:
+            return None
+        server.model.load_state_dict(old)  # as a process that starts anew
+        return Cut()
+
+    with Served(folder, intercept=restart) as server:
+        engine = engine_of(policy, tmp_path, server)
+        shaken(policy)
+
+        async def go_on():
+            await engine.load_weights(1)
+            return await grow(engine, PROMPTS[:1], width=12, retries=0)()
+
+        (tree,) = run(engine, go_on)
+        assert server.count(FromDisk.path) == 2
+    assert len(tree.leaves()) == 12 and Stop.ERROR not in {node.stop for node in tree.nodes}
+
+
+def test_a_server_that_breaks_every_connection_is_dead_until_it_no_longer_does(folder, policy, tmp_path):
+    with Served(folder, intercept=lambda path, _: Cut() if path == GENERATE and poison[0] else None) as server:
+        poison = [False]
+        engine = engine_of(policy, tmp_path, server, retries=1)
+
+        async def ask():
+            handle = await engine.open(Tree([1, 2]), Sampling(), ())
+            await handle.generate(ROOT, 3, 1)
+            poison[0] = True
+            with pytest.raises(EngineError, match="no server answers"):
+                await handle.generate(ROOT, 3, 2)
+            poison[0] = False
+            await asyncio.sleep(1.1)
+            return await handle.generate(ROOT, 3, 3)
+
+        assert len(run(engine, ask).tokens) == 3
 
 
 def test_weights_do_not_change_under_an_open_tree(served, policy, tmp_path):
