@@ -97,6 +97,11 @@ ORDER = [
     "report.curve",
     "report.study",
     "doctor",
+    "serve",
+    "serve.prefixes",
+    "serve.schemas",
+    "serve.app",
+    "serve.run",
     "cli",
 ]
 MODULES = {

@@ -236,6 +236,61 @@ def study(
 
 
 @app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder of a causal LM and its tokenizer.", show_default=False)
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Segments decoded at once; more requests wait.")] = 128,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of prefix and segment. Default: the model's context.")
+    ] = None,
+    memory_gib: Annotated[
+        float, typer.Option(min=0, help="Most GiB of prefixes kept between requests; the slots' come on top.")
+    ] = 4.0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="A torch device; auto takes CUDA where it is.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Answer only who bears the key in this environment variable.")
+    ] = None,
+) -> None:
+    """Serve a model to `engine.kind=server`, over the local engine, as vLLM and SGLang do: token ids in and out.
+
+    [bold]treepo serve MODEL --port 8000[/]
+
+    [bold]treepo train CONFIG engine.kind=server engine.urls=\\[http://127.0.0.1:8000][/]
+
+    For small models and for tests: on GPUs, vLLM and SGLang are faster. Whoever reaches the port can change the
+    weights.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise ConfigError("serve: the server's libraries are not installed: pip install 'treepo[serve]'")
+    _quiet()
+    import torch
+
+    from treepo.config import valid
+    from treepo.engines.settings import LocalSettings
+    from treepo.model import ModelSettings
+    from treepo.serve.run import Serving, serve
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    settings = Serving(
+        valid(ModelSettings, path=model, dtype=dtype, device=device),
+        host,
+        port,
+        LocalSettings(slots=slots, max_tokens=max_tokens),
+        memory_gib,
+        api_key_env,
+    )
+    serve(settings, lambda url: print(f"serving {model} on {url}", flush=True))
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, which engines work here, what is missing and how to get it."""
     _quiet()

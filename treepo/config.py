@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -23,6 +23,8 @@ from treepo.tasks.lock import LockTask
 from treepo.tasks.program import ProgramTask
 from treepo.tasks.scoring import ScoringSettings
 from treepo.warmup import WarmupSettings
+
+S = TypeVar("S", bound=Settings)
 
 
 class DynamicSampling(Settings):
@@ -110,9 +112,7 @@ class Config(Settings):
         if self.trainer.ahead and self.engine.kind == "local":
             raise ValueError("trainer.ahead needs an engine with weights of its own: engine.kind=server or vllm")
         if self.trainer.ahead and self.loss.rollout_cap is None:
-            raise ValueError(
-                "trainer.ahead trains on stale trees: correct for it by loss.rollout_cap, such as 2.0"
-            )
+            raise ValueError("trainer.ahead trains on stale trees: correct for it by loss.rollout_cap, such as 2.0")
         if self.warmup is not None and self.model.create is None:
             raise ValueError(
                 "warmup is for a model that is created: set model.create instead of model.path, or drop it"
@@ -157,6 +157,14 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{' '.join(overrides)}: {explain(error, values)}") from error
+
+
+def valid(settings: type[S], **values: Any) -> S:
+    """`settings` with these values; raises `ConfigError` as `load` does."""
+    try:
+        return settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, values, settings)) from error
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, Any]:

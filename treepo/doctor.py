@@ -34,7 +34,7 @@ def examine() -> list[Finding]:
             found.append(Finding(name, "missing", f"pip install {name}"))
     if any(f.state == "missing" for f in found):
         return found
-    return [*found, _device(), _disk(), _scripted(), _local(), _rewards(), *_trackers()]
+    return [*found, _device(), _disk(), _scripted(), _local(), _server(), _rewards(), *_trackers()]
 
 
 def _device() -> Finding:
@@ -96,6 +96,12 @@ def _local() -> Finding:
     error = (plain - sampled).abs().max().item()
     state: Literal["ok", "broken"] = "ok" if error < 1e-3 else "broken"
     return Finding("engine local", state, f"log-probs equal a plain forward pass to {error:.0e} on {device}")
+
+
+def _server() -> Finding:
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        return Finding("treepo serve", "missing", "optional: pip install 'treepo[serve]'")
+    return Finding("treepo serve", "ok", "installed; engine.kind=server needs nothing but a server")
 
 
 def _rewards() -> Finding:

@@ -176,9 +176,7 @@ def checked(ask: Ask, reply: Reply) -> tuple[list[int], list[float]]:
         return tokens, [0.0] * len(tokens)
     for token, logprob in zip(tokens, logprobs, strict=True):
         if not math.isfinite(logprob) or logprob < NOT_SENT:
-            raise EngineError(
-                f"the server sent no log-prob for token {token} ({logprob}): did the last update diverge?"
-            )
+            raise EngineError(f"the server sent {logprob} as log-prob of token {token}: did the last update diverge?")
     return tokens, logprobs
 
 

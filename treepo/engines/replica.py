@@ -22,6 +22,10 @@ class DeadError(Exception):
     """A server cannot be reached; never seen by users of the engine, which goes on with the others."""
 
 
+class BrokenError(Exception):
+    """A connection broke: the server may be another process by now, with other weights. Not seen by users either."""
+
+
 class Replica:
     """A server. Its requests are bounded in number, share connections, and are sent again when they fail in passing."""
 
@@ -76,15 +80,18 @@ class Replica:
                 "sglang.launch_server and treepo serve do; name engine.dialect if it hides its paths"
             )
 
-    async def generate(self, ask: Ask) -> Reply:
-        """What the server answers; raises `DeadError`, or `EngineError` if this request cannot be answered."""
+    async def generate(self, ask: Ask, *, patient: bool = False) -> Reply:
+        """What the server answers; raises `DeadError`, or `EngineError` if this request cannot be answered.
+
+        `patient`: ask again over a new connection if one breaks, where else that is a `BrokenError`.
+        """
         dialect = self.dialect
         if dialect is None:
             raise RuntimeError("the server was never reached")
         self.outstanding += 1
         try:
             async with self._places:
-                response = await self._send("POST", dialect.path, dialect.body(self.model, ask))
+                response = await self._send("POST", dialect.path, dialect.body(self.model, ask), patient=patient)
         finally:
             self.outstanding -= 1
         try:
@@ -130,7 +137,7 @@ class Replica:
             raise DeadError(_why(error)) from error
         return response if response.status_code == 200 else None
 
-    async def _send(self, method: str, path: str, body: Json | None = None) -> httpx2.Response:
+    async def _send(self, method: str, path: str, body: Json | None = None, *, patient: bool = True) -> httpx2.Response:
         """A good response; what fails in passing is sent again, each time after a longer pause."""
         settings, why, status = self._settings, "", None
         for attempt in range(settings.retries + 1):
@@ -140,20 +147,17 @@ class Replica:
                     raise DeadError(self.reason)  # others have found out meanwhile
             try:
                 response = await self._client.request(method, path, json=body)
-            except httpx2.TimeoutException as error:
-                why = _why(error)
-                if isinstance(error, httpx2.ConnectTimeout):
-                    status = None
-                    continue
+            except (httpx2.ReadTimeout, httpx2.WriteTimeout) as error:
                 # Whoever has waited that long does not wait again.
-                await self._require_well(why)
+                await self._require_well(_why(error))
                 raise EngineError(
                     f"{self.url}{path}: no answer in {settings.timeout_s:g} s: raise engine.timeout_s, or lower "
                     "engine.concurrency or the segments' length"
                 ) from error
             except httpx2.TransportError as error:
-                why, status = _why(error), None
-                self.holds = None  # if it comes back, it may be another process with other weights
+                why, status, self.holds = _why(error), None, None
+                if not patient:
+                    raise BrokenError(why) from error
                 continue
             if response.status_code == 200:
                 return response

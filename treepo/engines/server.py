@@ -15,6 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
 from treepo.engines.dialects import Ask, checked
 from treepo.engines.probe import SAMPLING, Probe, mismatch, probe, probe_tree
-from treepo.engines.replica import DeadError, Replica
+from treepo.engines.replica import BrokenError, DeadError, Replica
 from treepo.engines.settings import ServerSettings
 from treepo.engines.weights import save
 from treepo.errors import EngineError
@@ -32,20 +33,29 @@ from treepo.tree import Tree
 log = logging.getLogger(__name__)
 
 
-class ServerHandle:
-    """One tree of a `ServerEngine`, or, with a replica of its own, of that alone."""
+@dataclass(frozen=True, slots=True)
+class _Single:
+    """The probe's tree at one server, whatever that decodes with."""
 
-    def __init__(
-        self,
-        engine: ServerEngine,
-        tree: Tree,
-        sampling: Sampling,
-        stop_ids: frozenset[int],
-        only: Replica | None = None,
-    ) -> None:
+    replica: Replica
+    tree: Tree
+    version: int
+
+    async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
+        ask = Ask(self.tree.tokens(node), max_tokens, seed, SAMPLING, ())
+        reply = await self.replica.generate(ask, patient=True)
+        self.replica.label = reply.weights
+        return Segment(*checked(ask, reply), self.version)
+
+    def close(self) -> None: ...
+
+
+class ServerHandle:
+    """One tree of a `ServerEngine`."""
+
+    def __init__(self, engine: ServerEngine, tree: Tree, sampling: Sampling, stop_ids: frozenset[int]) -> None:
         self._engine, self.tree, self.sampling, self.stop_ids = engine, tree, sampling, stop_ids
-        self._only = only
-        self.replica: Replica | None = only  # where the tree is; None: to be chosen
+        self.replica: Replica | None = None  # where the tree is; None: to be chosen
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
         """Continue the prefix that ends with `node`; see `Handle`."""
@@ -55,21 +65,22 @@ class ServerHandle:
                 f"tree {self.tree.key!r}: {len(ask.tokens)} tokens of prefix and max_tokens={max_tokens} exceed the "
                 f"context of {self._engine.context}: lower the response budget"
             )
+        broken = 0
         while True:
-            replica = self._only or await self._engine._replica_of(self)
+            replica = await self._engine._replica_of(self)
             try:
                 reply = await replica.generate(ask)
             except DeadError as error:
-                if self._only:
-                    raise
                 self._engine._bury(replica, str(error))
                 continue
-            if self._only:
-                replica.label = reply.weights
-            elif reply.weights != replica.label:
-                replica.holds = None  # somebody has restarted it, or sent it other weights
+            except BrokenError as error:
+                broken += 1
+                if broken > self._engine._settings.retries:
+                    raise EngineError(f"{replica.url}: {error} ({broken} times with this request)") from error
                 continue
-            return Segment(*checked(ask, reply), self._engine.version)
+            if reply.weights == replica.label:
+                return Segment(*checked(ask, reply), self._engine.version)
+            replica.holds = None  # somebody has restarted it, or sent it other weights
 
     def close(self) -> None:
         """The server's cache forgets the tree by itself."""
@@ -92,6 +103,7 @@ class ServerEngine:
         self._handles: set[ServerHandle] = set()
         self._revivals: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._starting, self._started = asyncio.Lock(), False
         self.context = causal_lm.context(model)
         self.tree_tokens = 1 << 60
         self.granularity = settings.block_tokens or 1
@@ -100,15 +112,17 @@ class ServerEngine:
     async def start(self) -> None:
         """Find out what the servers are; those that cannot be reached count as dead, and one must be left."""
         loop = asyncio.get_running_loop()
-        if self._loop is loop:
-            return
-        if self._loop is not None:
+        if self._loop not in (None, loop):
             raise RuntimeError("a server engine belongs to one event loop: use Actor.run or Sampler.grow_all")
         self._loop = loop
-        found = await asyncio.gather(*(replica.connect() for replica in self._replicas), return_exceptions=True)
-        self._sort_out(self._replicas, found)
-        self._learn()
-        await self._require_some()
+        async with self._starting:
+            if self._started:
+                return
+            found = await asyncio.gather(*(replica.connect() for replica in self._replicas), return_exceptions=True)
+            self._sort_out(self._replicas, found)
+            self._learn()
+            await self._require_some()
+            self._started = True
 
     async def open(
         self,
@@ -284,8 +298,7 @@ class ServerEngine:
 
     async def _probe(self, replica: Replica) -> Probe:
         tree = probe_tree(self._model)
-        handle = ServerHandle(self, tree, SAMPLING, frozenset(), only=replica)
-        replica.probed = await probe(handle, tree, self._model)
+        replica.probed = await probe(_Single(replica, tree, self.version), tree, self._model)
         return replica.probed
 
     def _save(self, version: int) -> Path:

@@ -37,6 +37,11 @@ class Runner:
     """A study in its folder. The same study with the same configuration goes on where it was stopped."""
 
     def __init__(self, name: str, study: Study, config: Config, folder: Path, listener: Listener | None = None) -> None:
+        if config.engine.kind == "server" and study.jobs > 1:
+            raise ConfigError(
+                "study.jobs: cells side by side would send their weights to the same servers: set study.jobs=1, or "
+                "engine.kind=local"
+            )
         self.study, self.config, self.folder = study, config, folder
         self.listener = listener or Listener()
         self.done: dict[Cell, Result] = {}

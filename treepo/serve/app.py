@@ -1,0 +1,164 @@
+"""The paths of `treepo serve`: those of vLLM and SGLang that a client needs to sample and to send new weights."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from transformers import PreTrainedModel
+
+from treepo import __version__
+from treepo.errors import ConfigError, EngineError
+from treepo.serve import schemas
+from treepo.serve.prefixes import Answer, Prefixes
+from treepo.serve.schemas import BadRequestError, Body, Job, Server
+
+Parse = Callable[[Body, Server], Job]
+Write = Callable[[Job, Answer, Server], dict[str, Any]]
+Endpoint = Callable[[Request], Awaitable[Response]]
+GONE = 499  # nobody reads it
+
+
+def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_key: str | None = None) -> Starlette:
+    """The application; with an `api_key`, only requests that bear it are answered (`/health` needs none)."""
+
+    def generating(parse: Parse, write: Write) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            job = parse(await _json(request), server)
+            call = prefixes.generate(job.ids, job.max_tokens, job.seed, job.sampling, job.stop_ids)
+            answer = await unless_gone(request, call)
+            return Response(status_code=GONE) if answer is None else _reply(write(job, answer, server))
+
+        return endpoint
+
+    async def update(request: Request) -> Response:
+        body = await _json(request)
+        folder = body.get("model_path")
+        if not isinstance(folder, str):
+            raise BadRequestError("model_path must be a folder.")
+        try:
+            await prefixes.update(str(body.get("weight_version") or folder), lambda: load_weights(model, Path(folder)))
+        except ConfigError as error:
+            return _reply({"success": False, "message": str(error), "num_paused_requests": 0}, 400)
+        return _reply({"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0})
+
+    def plainly(reply: Callable[[], Response]) -> Endpoint:
+        async def endpoint(_: Request) -> Response:
+            return reply()
+
+        return endpoint
+
+    def flush() -> Response:
+        prefixes.flush()
+        return PlainTextResponse("Cache flushed.\n")
+
+    def info() -> Response:
+        known = {"model_path": server.model, "tokenizer_path": server.model, "is_generation": True}
+        return _reply({**known, "weight_version": prefixes.weights})
+
+    def openapi() -> Response:
+        return _reply(schemas.description({path: methods for path, (methods, _) in paths.items()}, __version__))
+
+    paths: dict[str, tuple[list[str], Endpoint]] = {
+        "/inference/v1/generate": (["POST"], generating(schemas.vllm_generate, schemas.vllm_generate_reply)),
+        "/v1/completions": (["POST"], generating(schemas.completions, schemas.completions_reply)),
+        "/generate": (["POST"], generating(schemas.sglang, schemas.sglang_reply)),
+        "/update_weights_from_disk": (["POST"], update),
+        "/flush_cache": (["GET", "POST"], plainly(flush)),
+        "/reset_prefix_cache": (["POST"], plainly(flush)),
+        "/get_model_info": (["GET"], plainly(info)),
+        "/v1/models": (["GET"], plainly(lambda: _reply(schemas.model_card(server)))),
+        "/version": (["GET"], plainly(lambda: _reply({"version": __version__}))),
+        "/openapi.json": (["GET"], plainly(openapi)),
+    }
+    routes = [
+        Route(path, _guarded(endpoint, api_key, sglang=path == "/generate"), methods=methods)
+        for path, (methods, endpoint) in paths.items()
+    ]
+    return Starlette(routes=[*routes, Route("/health", plainly(Response))])
+
+
+async def unless_gone(request: Request, call: Awaitable[Answer]) -> Answer | None:
+    """The result of `call`; None, and `call` is cancelled, once the client has gone."""
+    work = asyncio.ensure_future(call)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        return await work if work.done() else None
+    finally:
+        for task in (work, gone):
+            task.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the safetensors of `folder` into `model`; raises `ConfigError`, before anything is changed, if they differ.
+
+    Tied weights need not be there.
+    """
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        raise ConfigError(f"model_path: {folder} is no folder with *.safetensors")
+    try:
+        new = {name: value for file in files for name, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model_path: {folder} cannot be read: {error}") from error
+    own = model.state_dict()
+    stored = {own[name].data_ptr() for name in new if name in own}
+    wrong = sorted(
+        {name for name in own if name not in new and own[name].data_ptr() not in stored} | (new.keys() - own)
+    )
+    wrong += [name for name, value in new.items() if name in own and value.shape != own[name].shape]
+    if wrong:
+        raise ConfigError(f"model_path: {folder} holds another model: {', '.join(wrong[:3])} differ")
+    model.load_state_dict(new, strict=False)
+
+
+def _guarded(endpoint: Endpoint, api_key: str | None, *, sglang: bool) -> Endpoint:
+    """`endpoint` for those who have the key, with errors in the form of whom it imitates."""
+
+    async def guarded(request: Request) -> Response:
+        given = request.headers.get("authorization", "")
+        if api_key is not None and not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
+            return _reply({"error": "Unauthorized"}, 401)
+        try:
+            return await endpoint(request)
+        except BadRequestError as error:
+            return _failure(str(error), "BadRequestError", 400, sglang=sglang)
+        except EngineError as error:
+            return _failure(str(error), "InternalServerError", 500, sglang=sglang)
+
+    return guarded
+
+
+def _failure(message: str, kind: str, status: int, *, sglang: bool) -> Response:
+    more = {} if sglang else {"type": kind, "param": None, "code": status}
+    return _reply({"error": {"message": message, **more}}, status)
+
+
+def _reply(content: dict[str, Any], status: int = 200) -> Response:
+    return JSONResponse(content, status)
+
+
+async def _json(request: Request) -> Body:
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise BadRequestError(f"The body is no JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise BadRequestError("The body is no JSON object.")
+    return body
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
