@@ -1,4 +1,4 @@
-"""Trees to test with: drawn by hand, or grown at random."""
+"""Trees to test with, drawn by hand or grown at random, and a model on a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from treepo.tree import Rollout, Stop, Tree
 
@@ -59,3 +61,20 @@ def random_tree() -> Callable[..., Tree]:
 @pytest.fixture
 def random_rollout() -> Callable[..., Rollout]:
     return lambda seed, unscored=0.0, **shape: rollout_of(grow_random(seed, **shape), seed, unscored)
+
+
+@pytest.fixture
+def on_cuda() -> torch.nn.Module:
+    """A small untouched model on the GPU, without TF32."""
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=256,
+        max_position_embeddings=256,
+    )
+    return AutoModelForCausalLM.from_config(config).cuda().eval()

@@ -91,6 +91,7 @@ ORDER = [
     "studies.training",
     "studies.headline",
     "studies.sampling",
+    "studies.variance",
     "studies.run",
     "studies",
     "report",

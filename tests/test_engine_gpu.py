@@ -5,28 +5,11 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from treepo import LocalEngine, LocalSettings, Sampler, SamplerSettings, model
 from treepo.tree import Tree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-
-
-@pytest.fixture
-def plain() -> torch.nn.Module:
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=256,
-    )
-    return AutoModelForCausalLM.from_config(config).cuda().eval()
 
 
 def grown(policy: torch.nn.Module, settings: LocalSettings) -> list[Tree]:
@@ -37,20 +20,20 @@ def grown(policy: torch.nn.Module, settings: LocalSettings) -> list[Tree]:
 
 
 @pytest.mark.parametrize("slots", [1, 7, 128])
-def test_recorded_steps_are_exact_on_cuda(plain: torch.nn.Module, slots: int) -> None:
-    served = model.prepare(copy.deepcopy(plain))
+def test_recorded_steps_are_exact_on_cuda(on_cuda: torch.nn.Module, slots: int) -> None:
+    served = model.prepare(copy.deepcopy(on_cuda))
     for tree in grown(served, LocalSettings(slots=slots, cuda_graphs=True)):
         for leaf in tree.leaves():
             ids = torch.tensor([tree.tokens(leaf)], device="cuda")
             with torch.no_grad():
-                logprobs = plain(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+                logprobs = on_cuda(input_ids=ids, use_cache=False).logits.log_softmax(-1)
             expected = logprobs[0, :-1].gather(1, ids[0, 1:, None])[len(tree.prompt) - 1 :, 0].cpu()
             sampled = torch.tensor([value for node in tree.path(leaf) for value in tree.nodes[node].logprobs])
             torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
 
 
-def test_recorded_steps_see_weights_that_changed_in_place(plain: torch.nn.Module) -> None:
-    served = model.prepare(copy.deepcopy(plain))
+def test_recorded_steps_see_weights_that_changed_in_place(on_cuda: torch.nn.Module) -> None:
+    served = model.prepare(copy.deepcopy(on_cuda))
     engine = LocalEngine(served, LocalSettings(slots=7))
     sampler = Sampler(engine, SamplerSettings(width=4, segment_tokens=8, max_depth=4), str, {1})
     before = sampler.sample([("0", [2, 3, 4])], seed=0)[0]

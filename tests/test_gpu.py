@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 from treepo import Forest, LocalEngine, LocalSettings, Sampler, SamplerSettings, model
 from treepo.gradient import accumulate
@@ -15,31 +14,15 @@ from treepo.packing import fold, pack
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
-@pytest.fixture
-def plain() -> torch.nn.Module:
-    torch.manual_seed(0)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=256,
-        max_position_embeddings=256,
-    )
-    return AutoModelForCausalLM.from_config(config).cuda().eval()
-
-
-def test_the_engine_equals_a_plain_forward_pass_on_cuda(plain) -> None:
-    served = model.prepare(copy.deepcopy(plain))
+def test_the_engine_equals_a_plain_forward_pass_on_cuda(on_cuda) -> None:
+    served = model.prepare(copy.deepcopy(on_cuda))
     settings = SamplerSettings(width=12, segment_tokens=8, max_depth=5)
     sampler = Sampler(LocalEngine(served, LocalSettings(slots=7)), settings, str, {1})
     for tree in sampler.sample([(str(i), list(range(2, 5 + i))) for i in range(6)], seed=0):
         for leaf in tree.leaves():
             ids = torch.tensor([tree.tokens(leaf)], device="cuda")
             with torch.no_grad():
-                logprobs = plain(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+                logprobs = on_cuda(input_ids=ids, use_cache=False).logits.log_softmax(-1)
             expected = logprobs[0, :-1].gather(1, ids[0, 1:, None])[len(tree.prompt) - 1 :, 0].cpu()
             sampled = torch.tensor([value for node in tree.path(leaf) for value in tree.nodes[node].logprobs])
             torch.testing.assert_close(sampled, expected, atol=1e-4, rtol=0)
@@ -47,7 +30,7 @@ def test_the_engine_equals_a_plain_forward_pass_on_cuda(plain) -> None:
 
 @pytest.mark.parametrize("plan", ["auto", "chains"])
 @pytest.mark.parametrize("max_tokens", [40, 10**6])
-def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, plain, random_rollout) -> None:
+def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, on_cuda, random_rollout) -> None:
     rollouts = [random_rollout(seed, leaves=12, segment=16, vocabulary=60) for seed in range(4)]
     forest = Forest.of(rollouts)
     folded = fold(forest, np.random.default_rng(0).standard_normal(forest.path.shape))
@@ -59,7 +42,7 @@ def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, p
         return policy_loss(LossSettings(), logprob, None, *arrays, float(batch.weight.sum()))[0]
 
     for device in ("cpu", "cuda"):
-        policy = model.prepare(copy.deepcopy(plain).to(device))
+        policy = model.prepare(copy.deepcopy(on_cuda).to(device))
         accumulate(policy, batch, loss, max_tokens=max_tokens, plan=plan if device == "cuda" else "reference")
         gradients[device] = {name: p.grad.cpu() for name, p in policy.named_parameters()}
     largest = max(g.abs().max().item() for g in gradients["cpu"].values())

@@ -31,6 +31,7 @@ from treepo.studies.sampling import common_prefix, distinct_beginnings, distinct
 from treepo.studies.statistics import Mean, at, band, first_reach, paired
 from treepo.studies.study import Cell, Findings, Result, Results, Stopped, Study, Table, Watch, by_arm, from_start
 from treepo.studies.training import Divergence, Segment, score_table, summary
+from treepo.studies.variance import Variance
 
 # Statistics
 
@@ -317,6 +318,12 @@ def test_every_arm_of_every_study_is_a_valid_configuration(tmp_path: Path) -> No
         assert len({r.model_dump_json() for r in resolved}) == len(arms), f"two arms of {name} are the same"
 
 
+def test_a_study_of_gradients_wants_enough_problems(config: Config, tmp_path: Path) -> None:
+    cell = Cell("policy gradient", 0, stage="truth")
+    with pytest.raises(ConfigError, match="the task has 4 problems to train on"):
+        Variance(problems=2, truth_problems=3).measure(changed(config, ["warmup.steps=1"]), cell, tmp_path, Watch())
+
+
 def test_segments_keep_the_response_budget(config: Config) -> None:
     arms = Segment(segment_tokens=[1, 5, 10]).arms(config)
     assert [changed(config, overrides).sampler.response_tokens for overrides in arms.values()] == [20, 20, 20]
@@ -439,9 +446,10 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was_and_ends_the_same(tmp_
                 "study.rows=8",
             ],
         ),
+        ("variance", ["study.problems=2", "study.truth_problems=2"]),
     ],
 )
-def test_studies_that_sample_run(name: str, more: list[str], tmp_path: Path) -> None:
+def test_studies_that_do_not_train_run(name: str, more: list[str], tmp_path: Path) -> None:
     out = tmp_path / "study"
     given = ["study", name, write_config(tmp_path), "warmup.steps=5", f"out={out}", "study.seeds=1", *more]
     result = CliRunner().invoke(app, [str(x) for x in given], env={"COLUMNS": "120"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +22,6 @@ from rich.table import Table as RichTable
 from treepo.config import dump
 from treepo.report.machine import device, versions
 from treepo.studies.run import Listener, Runner
-from treepo.studies.statistics import Mean
 from treepo.studies.study import Cell, Findings, Panel, Result, Table, Value
 
 COLORS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c564b", "#7f7f7f", "#dd8452")
@@ -129,7 +128,7 @@ def write_report(runner: Runner, name: str, findings: Findings) -> dict[str, Pat
         "versions": versions(),
         "device": device(),
     }
-    paths["results"].write_text(json.dumps(value, default=_plain) + "\n", encoding="utf-8")
+    paths["results"].write_text(json.dumps(value) + "\n", encoding="utf-8")
     draw(findings.panels, paths["plot"])
     environment = Environment(loader=PackageLoader("treepo", "report"), autoescape=select_autoescape())
     page = environment.get_template("study.html").render(
@@ -177,9 +176,3 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.set(xlabel=panel.x, ylabel=panel.y)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mean) or is_dataclass(value):
-        return asdict(value)  # type: ignore[arg-type]
-    raise TypeError(f"{type(value)} is no JSON")

@@ -1,7 +1,8 @@
 """The paper's experiments as commands: `treepo study NAME CONFIG`.
 
-A study compares arms over several seeds: studies that train (`training`, `headline`), and studies that only sample
-(`sampling`). What one says of itself is its `title`, its `question` and its docstring.
+A study compares arms over several seeds: studies that train (`training`, `headline`), studies that only sample
+(`sampling`), and one that measures gradients (`variance`). What one says of itself is its `title`, its `question` and
+its docstring.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ STUDIES = {
     "advantage": ("training", "Advantage", "training with several advantages on the same trees"),
     "divergence": ("training", "Divergence", "training with several numbers of first forks"),
     "compute": ("sampling", "Compute", "maj@k and pass@k against generated tokens, trees and i.i.d."),
+    "variance": ("variance", "Variance", "noise of the gradient per token, by shape of the tree and estimator"),
     "headline": ("headline", "Headline", "GRPO, GRPO on trees, TreePO: equal leaves, tokens, seconds; rates swept"),
 }
 

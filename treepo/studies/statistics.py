@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,12 +35,24 @@ class Mean:
     @classmethod
     def of_ratios(cls, values: Sequence[float]) -> Mean:
         """The geometric mean of positive `values` with the interval of their logarithms."""
-        logs = cls.of(np.log(values).tolist())
-        low, high = (None if x is None else float(np.exp(x)) for x in (logs.low, logs.high))
-        return cls(float(np.exp(logs.mean)), low, high, logs.n)
+        return cls.of(np.log(values).tolist()).exp()
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    @classmethod
+    def jackknife(cls, seeds: Sequence[int], estimate: Callable[[Sequence[int]], float | None]) -> Mean | None:
+        """What `estimate` makes of all `seeds` together, less the bias of its non-linearity (Quenouille's jackknife).
+
+        Pseudo-values are as good as independent. None if it cannot be had of all seeds, or of all but one.
+        """
+        n, whole = len(seeds), estimate(seeds)
+        if whole is None or n < 2:
+            return None if whole is None else cls(whole, None, None, n)
+        without = [estimate([s for s in seeds if s != seed]) for seed in seeds]
+        return cls.of([n * whole - (n - 1) * x for x in without if x is not None]) if None not in without else None
+
+    def exp(self) -> Mean:
+        """A mean of logarithms as one of the numbers themselves."""
+        low, high = (None if x is None else float(np.exp(x)) for x in (self.low, self.high))
+        return Mean(float(np.exp(self.mean)), low, high, self.n)
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
