@@ -70,6 +70,8 @@ def worst_error(model, tree, temperature=1.0):
     """Largest difference in nats between the tree's log-probs and those of plain forward passes."""
     worst = 0.0
     for leaf in tree.leaves():
+        if tree.nodes[leaf].stop is Stop.ERROR:
+            continue
         ids = torch.tensor([tree.tokens(leaf)])
         with torch.no_grad():
             states = causal_lm.hidden(model, ids, torch.arange(ids.shape[1])[None], Causal())
@@ -455,6 +457,23 @@ def test_weights_that_somebody_else_has_changed_are_sent_again(folder, policy, t
         trees = run(engine, meddle)
         assert server.count(FromDisk.path) == 3
     assert max(worst_error(policy, tree) for tree in trees) < 1e-4
+
+
+def test_two_runs_that_send_weights_to_one_server_do_not_do_so_for_ever(folder, policy, tmp_path):
+    other = causal_lm.load(str(folder))
+    shaken(other)
+    with Served(folder) as server:
+        engines = [engine_of(policy, tmp_path / "a", server), engine_of(other, tmp_path / "b", server)]
+
+        async def fight():
+            for engine in engines:
+                await engine.load_weights(1)
+            trees = await asyncio.wait_for(asyncio.gather(*(grow(engine, retries=0)() for engine in engines)), 60)
+            await engines[1].close()
+            return trees
+
+        for model, trees in zip((policy, other), run(engines[0], fight), strict=True):
+            assert max(worst_error(model, tree) for tree in trees) < 1e-4, "what comes back is from the right weights"
 
 
 def test_after_a_broken_connection_a_server_must_show_its_weights_again(folder, policy, tmp_path):
