@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import write_config
+from servers import Served
+from small_runs import small_config, write_config
 
 from treepo.folder import read_metrics
+from treepo.model import create
 from treepo.processes import Processes
-from treepo.tree import read_rollouts
+from treepo.tree import Stop, read_rollouts
 
 COMMON = (
     *("trainer.steps=3", "trainer.mini_batches=2", "trainer.save_trees_every=1", "trainer.eval_every=3"),
@@ -69,3 +71,21 @@ def test_shares_are_disjoint_and_complete() -> None:
     assert shares == [["a", "d", "g"], ["b", "e"], ["c", "f"]]
     assert Processes().everyones(items) == items
     assert Processes().main and not Processes(1, 2).main
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_server_and_one_of_them_sends_the_weights(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    tokenizer = config.task.tokenizer()  # type: ignore[union-attr]
+    create(config.model.create, tokenizer, 3).save_pretrained(tmp_path / "model")  # type: ignore[arg-type]
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = (f"model.path={tmp_path / 'model'}", "model.create=null", "warmup=null", "trainer.dynamic_sampling=null")
+    with Served(tmp_path / "model") as server:
+        engine = ("engine.kind=server", f"engine.urls=[{server.url}]", "trainer.save_trees_every=1")
+        done = start(tmp_path / "both", 2, *model, *engine)
+        assert done.returncode == 0, done.stderr
+        assert server.count("/update_weights_from_disk") == 3
+    for step in (1, 2):
+        rollouts = list(read_rollouts(tmp_path / "both" / "run" / "trees" / f"step-00000{step}.jsonl.gz"))
+        assert {node.version for r in rollouts for node in r.tree.nodes[1:]} == {step - 1}
+        assert not any(node.stop is Stop.ERROR for r in rollouts for node in r.tree.nodes)

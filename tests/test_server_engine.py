@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from treepo.config import load
 from treepo.engines import Sampling
 from treepo.engines.dialects import DIALECTS, Ask, CollectiveRPC, FromDisk, Reply, checked, recognised, update_of
 from treepo.engines.local import LocalEngine
-from treepo.engines.probe import Probe
+from treepo.engines.probe import SAMPLING as PROBED_WITH
+from treepo.engines.probe import Probe, mismatch, probe, probe_tree
 from treepo.engines.settings import LocalSettings, ServerSettings
 from treepo.errors import ConfigError, EngineError
 from treepo.folder import read_metrics
@@ -70,6 +72,8 @@ def worst_error(model, tree, temperature=1.0):
     """Largest difference in nats between the tree's log-probs and those of plain forward passes."""
     worst = 0.0
     for leaf in tree.leaves():
+        if tree.nodes[leaf].stop is Stop.ERROR:
+            continue
         ids = torch.tensor([tree.tokens(leaf)])
         with torch.no_grad():
             states = causal_lm.hidden(model, ids, torch.arange(ids.shape[1])[None], Causal())
@@ -457,6 +461,23 @@ def test_weights_that_somebody_else_has_changed_are_sent_again(folder, policy, t
     assert max(worst_error(policy, tree) for tree in trees) < 1e-4
 
 
+def test_two_runs_that_send_weights_to_one_server_do_not_do_so_for_ever(folder, policy, tmp_path):
+    other = causal_lm.load(str(folder))
+    shaken(other)
+    with Served(folder) as server:
+        engines = [engine_of(policy, tmp_path / "a", server), engine_of(other, tmp_path / "b", server)]
+
+        async def fight():
+            for engine in engines:
+                await engine.load_weights(1)
+            trees = await asyncio.wait_for(asyncio.gather(*(grow(engine, retries=0)() for engine in engines)), 60)
+            await engines[1].close()
+            return trees
+
+        for model, trees in zip((policy, other), run(engines[0], fight), strict=True):
+            assert max(worst_error(model, tree) for tree in trees) < 1e-4, "what comes back is from the right weights"
+
+
 def test_after_a_broken_connection_a_server_must_show_its_weights_again(folder, policy, tmp_path):
     old = causal_lm.load(str(folder)).state_dict()
 
@@ -514,6 +535,7 @@ def test_an_engine_belongs_to_one_event_loop(served, policy, tmp_path):
     async def twice():
         await engine.start()
         await engine.start()
+        await engine.close()
 
     asyncio.run(twice())
     with pytest.raises(RuntimeError, match="one event loop"):
@@ -521,12 +543,29 @@ def test_an_engine_belongs_to_one_event_loop(served, policy, tmp_path):
 
 
 def test_a_probe_knows_an_update_that_was_ignored():
-    before = Probe([1, 2], [-1.0, -2.0], [-1.0, -2.0])
-    assert not Probe([1, 2], [-1.0, -2.0], [-1.0, -2.0]).ignored_update(None)
-    assert not Probe([1, 2], [-1.0, -2.0], [-1.0, -2.0001]).ignored_update(before), "the model hardly moved"
-    assert Probe([1, 2], [-1.0, -2.0], [-1.0, -2.01]).ignored_update(before)
-    assert not Probe([1, 2], [-1.0, -2.02], [-1.0, -2.01]).ignored_update(before)
-    assert Probe([1, 2], [-1.0, -2.02], [-1.5, -2.0]).difference == 0.5
+    def answer(logprobs, expected):
+        return Probe([1, 2], logprobs, expected, [-9.0, -9.0])
+
+    before = answer([-1.0, -2.0], [-1.0, -2.0])
+    assert not answer([-1.0, -2.0], [-1.0, -2.0]).ignored_update(None)
+    assert not answer([-1.0, -2.0], [-1.0, -2.0001]).ignored_update(before), "the model hardly moved"
+    assert answer([-1.0, -2.0], [-1.0, -2.01]).ignored_update(before)
+    assert not answer([-1.0, -2.02], [-1.0, -2.01]).ignored_update(before)
+    assert answer([-1.0, -2.02], [-1.5, -2.0]).difference == 0.5
+
+
+def test_a_server_that_sends_log_probs_before_temperature_is_told_how_to_be_started(served, policy, tmp_path):
+    """As vLLM does by default: a reply sampled at the probe's temperature with the log-probs at temperature 1."""
+
+    async def raw():
+        tree = probe_tree(policy)
+        handle = await engine.open(tree, PROBED_WITH, ())
+        found = await probe(handle, tree, policy)
+        assert mismatch(found, None, 1e-3) is None
+        return mismatch(replace(found, logprobs=found.raw), None, 1e-3)
+
+    engine = engine_of(policy, tmp_path, served)
+    assert "start vLLM with --logprobs-mode processed_logprobs" in run(engine, raw)
 
 
 # Whole runs -----------------------------------------------------------------------------------------------------------

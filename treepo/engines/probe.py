@@ -6,6 +6,7 @@ a stale cache looks like success until the ratios of the loss go wrong, silently
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,17 +31,18 @@ class Probe:
     tokens: list[int]
     logprobs: list[float]  # by the engine
     expected: list[float]  # by the model
+    raw: list[float]  # by the model, before temperature
 
     @property
     def difference(self) -> float:
         """The largest one between the two, in nats."""
-        return max(abs(a - b) for a, b in zip(self.logprobs, self.expected, strict=True))
+        return _largest(self.logprobs, self.expected)
 
     def ignored_update(self, before: Probe | None) -> bool:
         """Whether the engine answers to the bit as `before`, although the model has moved since."""
         if before is None or (self.tokens, self.logprobs) != (before.tokens, before.logprobs):
             return False
-        return max(abs(a - b) for a, b in zip(self.expected, before.expected, strict=True)) > MOVED
+        return _largest(self.expected, before.expected) > MOVED
 
 
 def mismatch(found: Probe, before: Probe | None, tolerance: float) -> str | None:
@@ -52,11 +54,15 @@ def mismatch(found: Probe, before: Probe | None, tolerance: float) -> str | None
         return "it answers as before, although the model has moved: it ignored the update, or kept a stale prefix cache"
     if found.difference <= tolerance:
         return None
+    if _largest(found.logprobs, found.raw) <= tolerance:
+        return (
+            "its log-probs are those before temperature, not of what it samples from: start vLLM with --logprobs-mode "
+            "processed_logprobs, and SGLang without SGLANG_RETURN_ORIGINAL_LOGPROB"
+        )
     return (
         f"log-probs of a probe differ by up to {found.difference:.3g} nats from the model's, above engine.tolerance "
         f"({tolerance:g}). Likely reasons: it serves another model; it ignored an update or kept a stale prefix cache; "
-        "its log-probs are those before temperature (vLLM needs --logprobs-mode processed_logprobs, SGLang must not "
-        "have SGLANG_RETURN_ORIGINAL_LOGPROB); or it computes in lower precision, which engine.tolerance must allow for"
+        "or it computes in lower precision, which engine.tolerance must allow for"
     )
 
 
@@ -78,10 +84,15 @@ def compared(tree: Tree, segment: Segment, model: PreTrainedModel) -> Probe:
     """`segment`, which follows the prompt of `tree`, with the log-probs that `model` gives its tokens."""
     ids = torch.tensor([*tree.prompt, *segment.tokens], device=model.device)
     positions = torch.arange(len(ids), device=model.device)
+    first = len(tree.prompt)
     with torch.no_grad():
-        states = causal_lm.hidden(model, ids[None], positions[None], Causal())[0]
-        first = len(tree.prompt)
-        expected, _ = causal_lm.token_logprobs(
-            model, states[first - 1 : -1], ids[first:], temperature=SAMPLING.temperature
+        states = causal_lm.hidden(model, ids[None], positions[None], Causal())[0, first - 1 : -1]
+        expected, raw = (
+            causal_lm.token_logprobs(model, states, ids[first:], temperature=temperature)[0].tolist()
+            for temperature in (SAMPLING.temperature, 1.0)
         )
-    return Probe(segment.tokens, segment.logprobs, expected.tolist())
+    return Probe(segment.tokens, segment.logprobs, expected, raw)
+
+
+def _largest(one: Sequence[float], two: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, two, strict=True))

@@ -110,12 +110,13 @@ class Replica:
                 "use SGLang or treepo serve (docs/engines.md)"
             )
         for path, body in self.update.requests(folder):
-            response = await self._send("POST", path, body)
-            try:
-                said = response.json()
-            except ValueError:
-                continue  # vLLM answers a reset with an empty body
-            if isinstance(said, dict) and said.get("success") is False:
+            for attempt in range(self._settings.retries + 1):
+                response = await self._send("POST", path, body)
+                if _succeeded(response):
+                    break
+                # A cache cannot be emptied while the last blocks of a request that was given up are let go.
+                await asyncio.sleep(self._settings.backoff_s * 2**attempt)
+            else:
                 raise EngineError(f"{self.url}{path} failed: {_message(response)}")
 
     async def _paths(self) -> set[str]:
@@ -181,7 +182,7 @@ class Replica:
 
     def _refused(self, path: str, response: httpx2.Response) -> EngineError:
         said = f"{self.url}{path}: {response.status_code} {_message(response)}"
-        if response.status_code in (401, 403):
+        if response.status_code == 401:
             name = self._settings.api_key_env
             key = f"is the key in ${name} right?" if name else "name the variable that holds it (engine.api_key_env)"
             return EngineError(f"{said}: the server wants an API key: {key}")
@@ -195,6 +196,15 @@ def _headers(settings: ServerSettings) -> dict[str, str]:
     if not key:
         raise ConfigError(f"engine.api_key_env: the environment has no {settings.api_key_env}")
     return {"Authorization": f"Bearer {key}"}
+
+
+def _succeeded(response: httpx2.Response) -> bool:
+    """Whether a good response does not say that what was asked for failed after all."""
+    try:
+        said = response.json()
+    except ValueError:
+        return True  # an empty body
+    return not (isinstance(said, dict) and said.get("success") is False)
 
 
 def _why(error: Exception) -> str:

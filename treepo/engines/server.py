@@ -65,22 +65,21 @@ class ServerHandle:
                 f"tree {self.tree.key!r}: {len(ask.tokens)} tokens of prefix and max_tokens={max_tokens} exceed the "
                 f"context of {self._engine.context}: lower the response budget"
             )
-        broken = 0
-        while True:
+        why = ""
+        for _ in range(len(self._engine._replicas) + self._engine._settings.retries + 1):
             replica = await self._engine._replica_of(self)
             try:
                 reply = await replica.generate(ask)
-            except DeadError as error:
-                self._engine._bury(replica, str(error))
-                continue
-            except BrokenError as error:
-                broken += 1
-                if broken > self._engine._settings.retries:
-                    raise EngineError(f"{replica.url}: {error} ({broken} times with this request)") from error
+            except (DeadError, BrokenError) as error:
+                why = f"{replica.url}: {error}"
+                if isinstance(error, DeadError):
+                    self._engine._bury(replica, str(error))
                 continue
             if reply.weights == replica.label:
                 return Segment(*checked(ask, reply), self._engine.version)
+            why = f"{replica.url} has the weights {reply.weights}, not {replica.label}: does another run use it?"
             replica.holds = None  # somebody has restarted it, or sent it other weights
+        raise EngineError(f"a request failed again and again; the last time: {why}")
 
     def close(self) -> None:
         """The server's cache forgets the tree by itself."""

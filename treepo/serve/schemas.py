@@ -106,7 +106,7 @@ def vllm_generate_reply(job: Job, answer: Answer, _: Server) -> dict[str, Any]:
     """The reply of `/inference/v1/generate`."""
     segment = answer.segment
     content: list[dict[str, Any]] = [
-        {"token": f"token_id:{token}", "logprob": logprob, "bytes": None, "top_logprobs": []}
+        {"token_id": token, "token": f"token_id:{token}", "logprob": logprob, "rank": None, "top_logprobs": []}
         for token, logprob in zip(segment.tokens, segment.logprobs, strict=True)
     ]
     choice = {
