@@ -603,7 +603,7 @@ def test_an_engine_without_a_kind_is_local_and_a_wrong_one_is_explained(tmp_path
     remote = load(path, ["engine={kind: server, urls: [http://a:1/v1, 'https://b/']}"]).engine
     assert isinstance(remote, ServerSettings) and remote.urls == ["http://a:1", "https://b"]
     for override, message in (
-        ("engine.kind=servr", r"engine: kind 'servr' is none of local, server; did you mean 'server'\?"),
+        ("engine.kind=servr", r"engine: kind 'servr' is none of local, server, vllm; did you mean 'server'\?"),
         ("engine={kind: server}", r"engine\.urls: is required"),
         ("engine={kind: server, urls: [a:1]}", r"engine\.urls: 'a:1' is no address such as http"),
         ("engine={kind: server, urls: [http://a, http://a/]}", "http://a is listed twice"),

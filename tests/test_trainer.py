@@ -413,7 +413,7 @@ def test_metrics_have_their_fields(tmp_path, start):
     trained(tmp_path, *start, "trainer.eval_every=1", "trainer.steps=1")
     begin, step, end = read_metrics(tmp_path / "run" / "metrics.jsonl")
     sampled = {"reward", "leaves", "unscored", "response_tokens", "surprisal", "stops", "queries_sampled"}
-    tokens = {"queries_used", "tokens_generated", "tokens_flat", "sharing"}
+    tokens = {"queries_used", "tokens_generated", "tokens_flat", "sharing", "staleness", "mixed_versions"}
     update = {"lr", "updates", "loss", "grad_norm", "clip_fraction", "approx_kl", "entropy", "rollout_kl"}
     assert step.keys() == {"step", "seconds"} | sampled | tokens | update
     assert step["seconds"].keys() == {"step", "sample", "score", "update"}
