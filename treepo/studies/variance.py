@@ -128,20 +128,24 @@ class Variance(Study):
         baseline = next(iter(arms.values()))
         (truth,) = by_arm(done, TRUTH).values()
         rows: list[list[Value]] = []
-        points: dict[str, list[tuple[float, Mean]]] = {name: [] for name in ESTIMATORS}
+        points: dict[str, dict[str, list[tuple[float, Mean]]]] = {name: {} for name in ESTIMATORS}
         for arm, runs in arms.items():
-            tokens = float(np.mean([r["tokens"] for r in runs.values()]))
+            shape, _, leaves = arm.removesuffix(" leaves").rpartition(", ")
             for name in ESTIMATORS:
                 noise = Mean.jackknife(seeds, partial(_log_noise, runs, name))
                 ratio = Mean.jackknife(seeds, partial(_log_ratio, runs, name, baseline))
                 cosine = Mean.jackknife(seeds, partial(_cosine, _gradients(runs, name), _gradients(truth, UNBIASED)))
                 rows.append([f"{arm}: {name}", noise and noise.exp(), ratio and ratio.exp(), cosine])
                 if ratio:
-                    points[name].append((tokens, ratio.exp()))
-        lines = [
-            Line(name, [x for x, _ in found], [y for _, y in found])
-            for name, found in ((name, sorted(found, key=lambda point: point[0])) for name, found in points.items())
-            if found
+                    points[name].setdefault(shape, []).append((float(leaves), ratio.exp()))
+        panels = [
+            Panel(
+                "responses per query",
+                f"noise scale over the first, {name}",
+                tuple(Line(shape, [x for x, _ in at], [y for _, y in at]) for shape, at in found.items()),
+                log_x=True,
+            )
+            for name, found in points.items()
         ]
         counts = {
             "tokens per query": "tokens",
@@ -161,7 +165,7 @@ class Variance(Study):
                 ),
                 Table("what was sampled", ("arm", *counts), sampled),
             ),
-            panels=(Panel("tokens per query", "noise scale over that of the first arm", tuple(lines), log_x=True),),
+            panels=tuple(panels),
             notes=(
                 "Lower is better, if the cosine stays near 1. Seeds are pooled; intervals are 95 %, by the jackknife "
                 "over seeds. A dash: the signal drowns in the noise; more study.problems lift it out.",
