@@ -101,11 +101,15 @@ def keep(name: str, results: Sequence[Mapping[str, Any]], args: argparse.Namespa
 
 
 def commit() -> str:
-    """The short hash of the checkout that holds this file, `-dirty` if it has changes, or `unknown`."""
+    """The short hash of the checkout that holds this file, `-dirty` if it has changes, or `unknown`.
+
+    Results are no changes: what takes long writes them as it goes.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S603
+        changes = [*git, "status", "--porcelain", "--", ":/", ":(exclude)results"]
+        status = subprocess.run(changes, capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
