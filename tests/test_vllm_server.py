@@ -1,4 +1,4 @@
-"""A real vLLM server, on a CPU; skipped unless TREEPO_VLLM_PYTHON names the Python of an environment that has it."""
+"""A real vLLM server, on a CPU. Needs the environment that `make venv-vllm` makes; `make test-vllm` runs it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -22,8 +24,12 @@ from treepo import model as causal_lm
 from treepo.engines import Sampling
 from treepo.errors import EngineError
 
-PYTHON = os.environ.get("TREEPO_VLLM_PYTHON")
-pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.skipif(PYTHON is None, reason="no TREEPO_VLLM_PYTHON")]
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM: `make test-vllm`"),
+    pytest.mark.filterwarnings("default"),  # its imports warn
+]
 FLAGS = (
     "--dtype",
     "float32",
@@ -67,7 +73,7 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
     more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     process = subprocess.Popen(
         [
-            str(PYTHON),
+            sys.executable,
             "-m",
             "vllm.entrypoints.openai.api_server",
             "--model",
