@@ -2,8 +2,8 @@
 
 Needs the environment of `make venv-vllm`: `.venv-vllm/bin/python -m benchmarks.servers`. 8 prompts x 16 responses of
 512 tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Wall
-clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache, other
-than each prompt once, over generated tokens; `client_cpu` the share of this process, where treepo and vLLM's front end
+clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache
+(the prompts are, from the uncounted round) over generated ones; `client_cpu` the share of this process, where treepo and vLLM's front end
 run, in the CPU time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine that answers at
 once.
 """
@@ -104,12 +104,11 @@ def measure(
             unique = function(repeat)
             seconds, own, others = time.perf_counter() - start, time.process_time() - own, children() - others
             stats = engine.stats
-            prompt = sum(map(len, ids))
             found[name].append(
                 {
                     "trajectory_tokens_per_s": flat / seconds,
                     "sharing": flat / unique,
-                    "recomputed": max(0, stats.computed_again - prompt) / unique,
+                    "recomputed": stats.computed_again / unique,
                     "client_cpu": own / (own + others),
                     "requests": float(stats.requests),
                     "cpu_s": own + others,
