@@ -2,10 +2,10 @@
 
 Needs the environment of `make venv-vllm`: `.venv-vllm/bin/python -m benchmarks.servers`. 8 prompts x 16 responses of
 512 tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Wall
-clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache
-(the prompts are, from the uncounted round) over generated ones; `client_cpu` the share of this process, where treepo and vLLM's front end
-run, in the CPU time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine that answers at
-once.
+clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache (the
+prompts are, from the uncounted round) over generated ones; `client_cpu` the share of this process, where treepo and
+vLLM's front end run, in the CPU time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine
+that answers at once.
 """
 
 from __future__ import annotations
