@@ -127,6 +127,7 @@ class Variance(Study):
         arms, seeds = by_arm(done), range(self.seeds)
         baseline = next(iter(arms.values()))
         (truth,) = by_arm(done, TRUTH).values()
+        direction = _gradients(truth, UNBIASED)  # read once: one gradient per seed
         rows: list[list[Value]] = []
         points: dict[str, dict[str, list[tuple[float, Mean]]]] = {name: {} for name in ESTIMATORS}
         for arm, runs in arms.items():
@@ -134,7 +135,7 @@ class Variance(Study):
             for name in ESTIMATORS:
                 noise = Mean.jackknife(seeds, partial(_log_noise, runs, name))
                 ratio = Mean.jackknife(seeds, partial(_log_ratio, runs, name, baseline))
-                cosine = Mean.jackknife(seeds, partial(_cosine, _gradients(runs, name), _gradients(truth, UNBIASED)))
+                cosine = Mean.jackknife(seeds, partial(_cosine, _gradients(runs, name), direction))
                 rows.append([f"{arm}: {name}", noise and noise.exp(), ratio and ratio.exp(), cosine])
                 if ratio:
                     points[name].setdefault(shape, []).append((float(leaves), ratio.exp()))
@@ -202,7 +203,7 @@ def moments(
             continue  # a gradient of zero
         advantage = torch.as_tensor(batch.adv_pos + batch.adv_neg, device=model.device)
 
-        # On-policy, so the clipped loss has this gradient. Per token of an average query: a constant.
+        # On-policy the clipped loss has this gradient, up to a constant that cancels in every ratio.
         def loss(rows: Ints, logprob: Tensor, _: Tensor, advantage: Tensor = advantage) -> Tensor:
             return -(advantage[torch.as_tensor(rows, device=advantage.device)] * logprob).sum()
 
@@ -227,9 +228,7 @@ def moments(
 
 
 Runs = Mapping[int, Result]  # by seed
-Gradients = dict[
-    int, tuple[Tensor, float]
-]  # by seed: estimated mean gradient, unbiased square of the true one's length
+Gradients = dict[int, tuple[Tensor, float]]  # by seed: the mean, and the unbiased square of the true one's length
 
 
 def _log_noise(runs: Runs, estimator: str, seeds: Sequence[int]) -> float | None:
