@@ -18,14 +18,15 @@ VOCABULARY = 512
 
 
 def new_model(hidden: int, layers: int) -> PreTrainedModel:
-    """A Qwen2-shaped model of random weights, prepared."""
+    """A Qwen2-shaped model of random weights, prepared. Heads of 64, two to a key head: as small Qwens and Llamas have."""
     torch.manual_seed(0)
+    heads = hidden // 64
     config = Qwen2Config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         intermediate_size=3 * hidden,
         max_position_embeddings=4096,
         tie_word_embeddings=True,

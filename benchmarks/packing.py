@@ -3,8 +3,8 @@
 Both accumulate the gradient of the same loss from the same weights with the same chunked log-softmax. The baseline
 runs one row per leaf through the model's own sdpa attention, rows sorted by length, padded to the longest of their
 micro-batch, with the fastest of several micro-batch sizes. Packed, each tree is a row, which may keep the activations
-of as many tokens at once as that micro-batch does (`max_tokens`) and is computed in pieces if it has more: equal
-budgets. `speedup` is baseline / packed time; `flat_over_unique` is what sharing could give at equal cost per token,
+of no more tokens at once than that micro-batch does and is computed in pieces if it has more: of the budgets
+(`max_tokens`) of that size and smaller ones, it too has the fastest. `speedup` is baseline / packed time; `flat_over_unique` is what sharing could give at equal cost per token,
 `efficiency` their ratio. `memory_ratio` is packed / baseline peak of live tensor storage during the step (operator
 outputs and what autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are
 those of a packed row that is not cut.
@@ -44,7 +44,7 @@ COLUMNS = ("shape", "flat_over_unique", "speedup", "efficiency", "memory_ratio",
 def main() -> None:
     args = report.arguments(__doc__ or "")
     scale = 4 if args.quick else 1
-    model = new_model(hidden=96, layers=2) if args.quick else new_model(hidden=256, layers=4)
+    model = new_model(hidden=128, layers=2) if args.quick else new_model(hidden=256, layers=4)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")
     results = []
@@ -82,9 +82,10 @@ def _compare(
             found.append(logprobs)
         return found
 
-    micro = report.fastest([n for n in micro_batches if n <= len(flat)], lambda n: flat.step(plain, n))
-    budget = micro * max(len(ids) for ids, *_ in flat.rows)
-    whole = max(len(batch) for batch in batches)
+    sizes = [n for n in micro_batches if n <= len(flat)]
+    longest, whole = max(len(ids) for ids, *_ in flat.rows), max(len(batch) for batch in batches)
+    micro = report.fastest(sizes, lambda n: flat.step(plain, n))
+    budget = report.fastest([n * longest for n in sizes if n <= micro], packed_step)
     steps = {
         "packed": lambda: packed_step(budget),
         "whole": lambda: packed_step(whole),

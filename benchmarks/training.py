@@ -56,7 +56,7 @@ LATE = LevelBudget(first_divergence=1, start=4)
 
 def main() -> None:
     args = report.arguments(__doc__ or "")
-    hidden, layers, prompts, segment, repeats = (96, 2, 2, 8, 1) if args.quick else (256, 4, 8, 64, args.repeats)
+    hidden, layers, prompts, segment, repeats = (128, 2, 2, 8, 1) if args.quick else (256, 4, 8, 64, args.repeats)
     model = new_model(hidden, layers)
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, VOCABULARY, 4 * segment if args.quick else 64).tolist() for _ in range(prompts)]
