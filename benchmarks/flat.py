@@ -18,7 +18,7 @@ VOCABULARY = 512
 
 
 def new_model(hidden: int, layers: int) -> PreTrainedModel:
-    """A Qwen2-shaped model of random weights, prepared. Heads of 64, two to a key head: as small Qwens and Llamas have."""
+    """A Qwen2-shaped model of random weights, prepared; heads of 64, two to a key head, like those of small models."""
     torch.manual_seed(0)
     heads = hidden // 64
     config = Qwen2Config(

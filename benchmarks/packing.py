@@ -1,13 +1,13 @@
 """The packed update against padded per-trajectory rows: forward and backward of one gradient step.
 
-Both accumulate the gradient of the same loss from the same weights with the same chunked log-softmax. The baseline
-runs one row per leaf through the model's own sdpa attention, rows sorted by length, padded to the longest of their
+Both accumulate the gradient of the same loss from the same weights with the same chunked log-softmax. The baseline runs
+one row per leaf through the model's own sdpa attention, rows sorted by length, padded to the longest of their
 micro-batch, with the fastest of several micro-batch sizes. Packed, each tree is a row, which may keep the activations
 of no more tokens at once than that micro-batch does and is computed in pieces if it has more: of the budgets
-(`max_tokens`) of that size and smaller ones, it too has the fastest. `speedup` is baseline / packed time; `flat_over_unique` is what sharing could give at equal cost per token,
-`efficiency` their ratio. `memory_ratio` is packed / baseline peak of live tensor storage during the step (operator
-outputs and what autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are
-those of a packed row that is not cut.
+(`max_tokens`) of that size and smaller ones, it too has the fastest. `speedup` is baseline / packed time;
+`flat_over_unique` is what sharing could give at equal cost per token, `efficiency` their ratio. `memory_ratio` is
+packed / baseline peak of live tensor storage during the step (operator outputs and what autograd keeps; scratch space
+inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are those of a packed row that is not cut.
 
     python -m benchmarks.packing [--quick] [--threads N] [--repeats N] [--out FILE]
 """

@@ -310,7 +310,7 @@ def test_every_arm_of_every_study_is_a_valid_configuration(tmp_path: Path) -> No
     for name in STUDIES:
         found = find(name)
         arms = (
-            found.arms_at(config, {"i.i.d.": 4, "tree": 6, "spread": 9})
+            found.arms_at(config, {"i.i.d.": 4, "tree": 6, "spread": 9, "half": 8, "narrow": 10})
             if isinstance(found, Headline)
             else found.arms(config)
         )
@@ -348,7 +348,8 @@ def test_rates_are_chosen_by_the_sweep_and_queries_by_tokens(config: Config) -> 
             if cell.stage == "start":
                 done[cell] = {"model": f"m{cell.seed}"}
             elif cell.stage == TOKENS:
-                done[cell] = {"tokens_per_query": {"i.i.d.": 300.0, "tree": 200.0, "spread": 150.0}[cell.arm]}
+                tokens = {"i.i.d.": 300.0, "tree": 200.0, "spread": 150.0, "half": 160.0, "narrow": 100.0}
+                done[cell] = {"tokens_per_query": tokens[cell.arm]}
             elif cell.stage == SWEEP and arm.sampler.mode == "iid" and arm.trainer.lr > 2e-3:
                 done[cell] = {"failed": "the gradient is not finite"}
             else:
@@ -362,6 +363,8 @@ def test_rates_are_chosen_by_the_sweep_and_queries_by_tokens(config: Config) -> 
         "treepo": 3e-3,
         "treepo, 6 queries": 3e-3,
         "spread, 8 queries": 3e-3,
+        "grpo, 4 leaves, 8 queries": 1.5e-3,
+        "narrow, 4 leaves, 12 queries": 3e-3,
     }
     assert main["treepo, 6 queries"].trainer.prompts_per_step == 6 and main["treepo"].trainer.prompts_per_step == 4
     assert all(r.model.path.startswith("m") and r.model.create is None and r.warmup is None for r in main.values())

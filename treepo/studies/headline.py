@@ -34,7 +34,8 @@ SWEEP_SEED = 1000  # the first seed of the sweep: its runs decide on rates, and 
 class Headline(Training):
     """GRPO, GRPO on trees and TreePO at equal leaves; trees at equal tokens too; learning rates swept per arm.
 
-    The last arm spreads its forks over the whole depth. Three stages. How many tokens a query of each shape takes is
+    Besides, at equal tokens: forks spread over the whole depth; half the leaves and more queries, independent and on a
+    narrow tree with forks at every second level, which `treepo study variance` favours. Three stages. How many tokens a query of each shape takes is
     measured with the starting model, and gives the number of queries with which trees spend as much as independent
     answers do. Learning rates are chosen per arm with seeds of their own, by the mean accuracy over the run: one rate
     tuned for one arm would decide the winner. Then the chosen ones run with fresh seeds.
@@ -54,23 +55,29 @@ class Headline(Training):
 
     def shapes(self, config: Config) -> dict[str, tuple[str, ...]]:
         """Ways to sample: name -> overrides. The first is that of independent answers."""
+        half = f"sampler.width={config.sampler.width // 2}"
         spread = "sampler.branching={divergence: spread, first_divergence: null}"
         return {
             "i.i.d.": ("sampler.mode=iid",),
             "tree": ("sampler.mode=tree",),
             "spread": ("sampler.mode=tree", spread),
+            "half": ("sampler.mode=iid", half),
+            "narrow": ("sampler.mode=tree", half, "sampler.branching={divergence: 2, first_divergence: 2, every: 2}"),
         }
 
     def arms_at(self, config: Config, queries: dict[str, int]) -> dict[str, tuple[str, ...]]:
         """Name -> overrides, where `queries` of each shape cost as much as the configuration's independent ones."""
         shapes = self.shapes(config)
-        tree, spread, grpo = shapes["tree"], shapes["spread"], "advantage={kind: grpo}"
+        grpo, leaves = "advantage={kind: grpo}", config.sampler.width // 2
+        more = {shape: (*shapes[shape], f"trainer.prompts_per_step={n}") for shape, n in queries.items()}
         return {
             "grpo": (*shapes["i.i.d."], grpo),
-            "grpo on trees": (*tree, grpo),
-            "treepo": tree,
-            f"treepo, {queries['tree']} queries": (*tree, f"trainer.prompts_per_step={queries['tree']}"),
-            f"spread, {queries['spread']} queries": (*spread, f"trainer.prompts_per_step={queries['spread']}"),
+            "grpo on trees": (*shapes["tree"], grpo),
+            "treepo": shapes["tree"],
+            f"treepo, {queries['tree']} queries": more["tree"],
+            f"spread, {queries['spread']} queries": more["spread"],
+            f"grpo, {leaves} leaves, {queries['half']} queries": (*more["half"], grpo),
+            f"narrow, {leaves} leaves, {queries['narrow']} queries": more["narrow"],
         }
 
     def cells(self, config: Config, done: Results) -> list[Cell]:
