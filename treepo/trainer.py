@@ -211,7 +211,7 @@ class Trainer:
             )
             sampled += rollouts
             self._check_errors(step, sampled)
-            useful += [r for r in rollouts if _has_spread(r)] if dynamic else rollouts
+            useful += [r for r in rollouts if r.has_spread] if dynamic else rollouts
             if len(useful) >= wanted:
                 break
         if len(useful) > wanted:  # at random, so that quick problems are not preferred
@@ -317,10 +317,6 @@ class Trainer:
 def _epoch(seed: int, epoch: int, problems: int) -> list[int]:
     """The order of the problems in an epoch; kept, because shuffling many takes longer than some steps."""
     return generator(seed, "epoch", epoch).sample(range(problems), problems)
-
-
-def _has_spread(rollout: Rollout) -> bool:
-    return len({reward for reward in rollout.rewards if reward is not None}) > 1
 
 
 def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float | int | str | bool]:

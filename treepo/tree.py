@@ -267,6 +267,11 @@ class Rollout:
         if len(self.rewards) != len(self.tree.leaves()):
             raise ValueError(f"{len(self.rewards)} rewards for {len(self.tree.leaves())} leaves")
 
+    @property
+    def has_spread(self) -> bool:
+        """Whether its known rewards differ, so that comparing leaves says something."""
+        return len(set(self.rewards) - {None}) > 1
+
 
 def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
     """One JSON object per line, gzip-compressed if `path` ends in `.gz`. The file appears whole or not at all."""

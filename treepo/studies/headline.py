@@ -191,7 +191,7 @@ def _tokens_per_query(config: Config, problems: int, watch: Watch) -> Result:
     return {
         "tokens_per_query": float(np.mean([r.tree.unique_tokens for r in rollouts])),
         "sharing": float(np.mean([r.tree.flat_tokens / r.tree.unique_tokens for r in rollouts])),
-        "spread": float(np.mean([len(set(r.rewards)) > 1 for r in rollouts])),
+        "spread": float(np.mean([r.has_spread for r in rollouts])),
     }
 
 

@@ -180,7 +180,7 @@ def _sampled(actor: Actor, rollouts: Sequence[Rollout]) -> Result:
     return {
         "tokens": tokens / len(trees),
         "sharing": sum(tree.flat_tokens for tree in trees) / tokens,
-        "spread": float(np.mean([len(set(r.rewards) - {None}) > 1 for r in rollouts])),
+        "spread": float(np.mean([r.has_spread for r in rollouts])),
         "answers": float(np.mean([len(set(group) - {None}) for group in final_answers(actor, rollouts)])),
     }
 
