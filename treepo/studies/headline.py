@@ -35,10 +35,11 @@ class Headline(Training):
     """GRPO, GRPO on trees and TreePO at equal leaves; trees at equal tokens too; learning rates swept per arm.
 
     Besides, at equal tokens: forks spread over the whole depth; half the leaves and more queries, independent and on a
-    narrow tree with forks at every second level, which `treepo study variance` favours. Three stages. How many tokens a query of each shape takes is
-    measured with the starting model, and gives the number of queries with which trees spend as much as independent
-    answers do. Learning rates are chosen per arm with seeds of their own, by the mean accuracy over the run: one rate
-    tuned for one arm would decide the winner. Then the chosen ones run with fresh seeds.
+    narrow tree with forks at every second level, which `treepo study variance` favours. Three stages. How many tokens a
+    query of each shape takes is measured with the starting model, and gives the number of queries with which trees
+    spend as much as independent answers do. Learning rates are chosen per arm with seeds of their own, by the mean
+    accuracy over the run: one rate tuned for one arm would decide the winner. Then the chosen ones run with fresh
+    seeds.
     """
 
     title: ClassVar[str] = "Headline"
