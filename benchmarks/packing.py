@@ -5,9 +5,11 @@ one row per leaf through the model's own sdpa attention, rows sorted by length, 
 micro-batch, with the fastest of several micro-batch sizes. Packed, each tree is a row, which may keep the activations
 of no more tokens at once than that micro-batch does and is computed in pieces if it has more: of the budgets
 (`max_tokens`) of that size and smaller ones, it too has the fastest. `speedup` is baseline / packed time;
-`flat_over_unique` is what sharing could give at equal cost per token, `efficiency` their ratio. `memory_ratio` is
-packed / baseline peak of live tensor storage during the step (operator outputs and what autograd keeps; scratch space
-inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are those of a packed row that is not cut.
+`flat_over_unique` is what sharing could give at equal cost per token, `efficiency` their ratio. Attention makes late
+tokens dearer than early ones, and shared tokens are early: `flops_ratio` is what sharing could give at equal time per
+operation. `memory_ratio` is packed / baseline peak of live tensor storage during the step (operator outputs and what
+autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are those of a
+packed row that is not cut.
 
     python -m benchmarks.packing [--quick] [--threads N] [--repeats N] [--out FILE]
 """
@@ -38,7 +40,10 @@ from treepo.pieces import most_held, pieces
 from treepo.tree import ROOT, Rollout, Stop, Tree
 
 MICRO_BATCHES = (1, 4, 16)
-COLUMNS = ("shape", "flat_over_unique", "speedup", "efficiency", "memory_ratio", "max_logprob_error", "max_grad_error")
+COLUMNS = (
+    *("shape", "flat_over_unique", "flops_ratio", "speedup", "efficiency", "memory_ratio"),
+    *("max_logprob_error", "max_grad_error"),
+)
 
 
 def main() -> None:
@@ -103,6 +108,8 @@ def _compare(
         "leaves": len(flat),
         "unique_tokens": unique,
         "flat_over_unique": sharing,
+        "flops_ratio": _operations(model, [np.arange(len(ids)) for ids, *_ in flat.rows])
+        / _operations(model, [batch.position for batch in batches]),
         "speedup": speedup,
         "efficiency": speedup / sharing,
         "memory_ratio": peak["packed"] / peak["flat"],
@@ -127,6 +134,13 @@ def _loss(batch: PackedBatch, total: float, found: Tensor, rows: Ints, logprob: 
     found[torch.as_tensor(rows)] = logprob.detach()
     arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
     return policy_loss(LossSettings(), logprob, None, *arrays, total)[0]
+
+
+def _operations(model: PreTrainedModel, rows: Sequence[Ints]) -> float:
+    """Multiplications of a forward pass over tokens at these positions: one per weight, and those of attention."""
+    config, positions = model.config, np.concatenate(rows)
+    per_key = 2 * config.num_hidden_layers * config.hidden_size  # a score, and a share of a value
+    return float(len(positions) * model.num_parameters() + per_key * (positions + 1).sum())
 
 
 def _logprob_error(
