@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from treepo.config import Config, dump, load
+from treepo.config import Config, changed, dump, load
 from treepo.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -109,6 +109,19 @@ def test_overrides_are_yaml_and_reach_every_depth(tmp_path: Path) -> None:
     assert config.trainer.lr == 1e-6 and config.trainer.dynamic_sampling is None
     assert config.sampler.branching.first_divergence == (2, 4)
     assert config.sampler.branching.divergence == 2, "its neighbours keep their values"
+
+
+def test_choosing_another_kind_drops_what_only_other_kinds_know(tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    given = ["engine={slots: 4, memory_gib: 1.0}", "advantage={kind: treepo, use_root: false, whiten: false}"]
+    there_and_back = load(path, [*given, "engine.kind=vllm", "advantage.kind=grpo"])
+    assert there_and_back.engine.kind == "vllm"
+    assert there_and_back.advantage.model_dump() == {"kind": "grpo", "whiten": False}, "both know whiten"
+    assert load(path, [*given, "engine.kind=local"]).engine.slots == 4, "it was that kind already"
+    assert changed(load(path, given), ["engine.kind=vllm"]).engine.kind == "vllm", "a whole dump has every key"
+    for wrong in ("engine={slotss: 4}", "engine.slotss=4"):
+        with pytest.raises(ConfigError, match="engine.slotss: unknown key"):
+            load(path, [wrong, "engine.kind=vllm"])
 
 
 def test_a_setting_cannot_be_changed_afterwards(tmp_path: Path) -> None:

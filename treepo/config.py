@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -220,18 +220,39 @@ def _apply(values: dict[str, Any], override: str) -> None:
         at[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not valid YAML") from error
+    if last == "kind":
+        for name in _of_other_kinds(parents, at[last]):
+            at.pop(name, None)
+
+
+def _of_other_kinds(section: Sequence[str], kind: object) -> set[str]:
+    """Keys of a section that its other kinds know and this one does not: whoever chooses it has no use for them."""
+    classes = [c for c in _classes_at(Config, section) if "kind" in c.model_fields]
+    chosen = [c for c in classes if kind in get_args(c.model_fields["kind"].annotation)]
+    return set(_keys(classes)) - set(_keys(chosen)) if chosen else set()
 
 
 def _allowed(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
     """Keys that the settings class at `location` in `root` knows."""
+    return _keys(_classes_at(root, location))
+
+
+def _classes_at(root: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:
+    """Settings classes that may be at `location` in `root`."""
     here: list[type[BaseModel]] = [root]
     for part in location:
         below = [
             found for c in here if part in c.model_fields for found in _classes(c.model_fields[str(part)].annotation)
         ]
         # What is no field is the tag of a discriminated union, such as "program".
-        here = below or [c for c in here if "kind" in c.model_fields and c.model_fields["kind"].default == part]
-    return [field.alias or name for c in here for name, field in c.model_fields.items()]
+        here = below or [
+            c for c in here if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
+        ]
+    return here
+
+
+def _keys(classes: Sequence[type[BaseModel]]) -> list[str]:
+    return [field.alias or name for c in classes for name, field in c.model_fields.items()]
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
