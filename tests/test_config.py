@@ -120,7 +120,7 @@ def test_choosing_another_kind_drops_what_only_other_kinds_know(tmp_path: Path) 
     assert load(path, [*given, "engine.kind=local"]).engine.slots == 4, "it was that kind already"
     assert changed(load(path, given), ["engine.kind=vllm"]).engine.kind == "vllm", "a whole dump has every key"
     for wrong in ("engine={slotss: 4}", "engine.slotss=4"):
-        with pytest.raises(ConfigError, match="engine.slotss: unknown key"):
+        with pytest.raises(ConfigError, match=r"engine\.slotss: unknown key"):
             load(path, [wrong, "engine.kind=vllm"])
 
 
