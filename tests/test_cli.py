@@ -246,12 +246,12 @@ def test_bad_settings_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_files_that_cannot_be_written_are_one_line(finished_run: Path, monkeypatch, capsys) -> None:
     few = ("sample", finished_run, "--problems", 1)
     error = fail(monkeypatch, capsys, *few, "--out", finished_run)
-    assert f"--out: cannot write {finished_run}: Is a directory" in error
+    assert f"{finished_run}: cannot be written: Is a directory; choose another --out" in error
     error = fail(monkeypatch, capsys, *few, "--svg", finished_run / "absent" / "tree.svg")
-    assert "absent/tree.svg: No such file or directory" in error and "--svg: cannot write" in error
+    assert "absent/tree.svg: cannot be written: No such file or directory; choose another --svg" in error
     if Path("/dev/full").exists():
         error = fail(monkeypatch, capsys, *few, "--out", "/dev/full")
-        assert "--out: cannot write /dev/full: No space left on device" in error
+        assert "/dev/full: cannot be written: No space left on device; choose another --out" in error
 
 
 def test_a_segment_longer_than_the_context_is_one_line(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from treepo import __version__
-from treepo.errors import ConfigError, TreePOError
+from treepo.errors import ConfigError, TreePOError, writing
 from treepo.studies import STUDIES, find
 
 if TYPE_CHECKING:  # a help page must not wait for torch
@@ -140,12 +140,12 @@ def sample(
         chosen = actor.task.problems("train" if split == "train" else "test")[:problems]
         keyed = [(f"{split}/{problem.id}", problem) for problem in chosen]
         if out is not None:
-            with _writing("--out", out):
+            with writing(out, "choose another --out"):
                 out.write_bytes(b"")
 
         def finished(_: int, rollout: Rollout) -> None:
             if out is not None:
-                with _writing("--out", out):
+                with writing(out, "choose another --out"):
                     append_rollout(out, rollout)
             growing.add(rollout)
 
@@ -159,7 +159,7 @@ def sample(
     if svg is not None:
         picture = Console(record=True, width=console.width, file=io.StringIO())
         picture.print(*drawings, sep="\n\n")
-        with _writing("--svg", svg):
+        with writing(svg, "choose another --svg"):
             picture.save_svg(str(svg), title="treepo sample")
     print_saved(console, rollouts=out, picture=svg)
 
@@ -362,15 +362,6 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _writing(option: str, path: Path) -> Iterator[None]:
-    """A file that cannot be written is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot write {path}: {error.strerror}") from error
 
 
 def _quiet() -> None:
