@@ -117,6 +117,13 @@ def test_forks_later_segments_and_fallbacks_reuse_the_cache(serving: Serving) ->
     assert stats.cached_tokens > stats.prefix_tokens / 2
 
 
+def test_more_prompts_than_one_pass_holds(serving: Serving) -> None:
+    trees = serving.grow(SHAPE.model_copy(update={"width": 2, "max_depth": 1}), prompts=70)
+    assert sum(len(tree.prompt) for tree in trees) > 2 * 2048, "in one pass vLLM takes 2048 tokens on a CPU"
+    assert all(len(tree.leaves()) == 2 for tree in trees)
+    assert not any(node.stop is Stop.ERROR for tree in trees for node in tree.nodes)
+
+
 def test_a_stop_id_ends_a_segment_and_is_its_last_token(serving: Serving) -> None:
     async def ends() -> list[list[int]]:
         handle = await serving.engine.open(Tree(list(range(20, 60))), Sampling(), range(100, 200))

@@ -119,6 +119,9 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
         }
+        if cpu:
+            # Of a prefill in parts it dies where requests have seeds: a CPU's generator cannot be set back.
+            given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, 2048)}
         log.info("engine: vLLM starts; this takes a while")
         try:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given | settings.args))
