@@ -96,6 +96,7 @@ ORDER = [
     "studies",
     "report",
     "report.machine",
+    "report.bars",
     "report.console",
     "report.curve",
     "report.study",

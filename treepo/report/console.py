@@ -6,25 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.tree import Tree as Drawing
 
 from treepo.evaluate import Evaluation
 from treepo.folder import Metrics
+from treepo.report.bars import Bars
 from treepo.trainer import Observer
 from treepo.tree import ROOT, Rollout
 
@@ -46,35 +38,18 @@ ROLLOUT_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 )
 
 
-class Progressing(Observer):
+class Progressing(Bars, Observer):
     """Shows a run: a bar with reward, tokens/s and sharing on a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
+        super().__init__(
+            console, SpinnerColumn(), TextColumn("{task.description}"), time=TimeRemainingColumn(compact=True)
+        )
+        self.steps = steps
         self.first: Evaluation | None = None
         self.last: Evaluation | None = None
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            expand=True,
-            disable=not console.is_terminal,
-        )
         self._main = self._bar.add_task("train", total=steps, note="")
         self._part = self._bar.add_task("", total=None, visible=False, note="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def warming_up(self, step: int, steps: int, loss: float) -> None:
         self._show_part("warm-up", step, steps, f"loss {loss:.3f}")
@@ -119,38 +94,22 @@ class Progressing(Observer):
         )
 
 
-class Growing:
+class Growing(Bars):
     """Shows trees as they are finished: rows of a table above a bar on a terminal, a line each elsewhere."""
 
     def __init__(self, console: Console, problem_ids: Sequence[str]) -> None:
-        self.console, self.problems = console, len(problem_ids)
+        super().__init__(console, SpinnerColumn(), TextColumn("sample"), time=TimeElapsedColumn())
+        self.problems = len(problem_ids)
         self._widest = max(map(len, problem_ids), default=0)  # characters
         self._rewards: list[float] = []
         self._trees = self._tokens = 0
         self._start = time.perf_counter()
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("sample"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            expand=True,
-            disable=not console.is_terminal,
-        )
         self._task = self._bar.add_task("", total=self.problems, note="")
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
             self._print_row([name for name, _ in ROLLOUT_COLUMNS], style="bold")
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        return super().__enter__()
 
     def add(self, rollout: Rollout) -> None:
         """Show a tree that is finished and scored."""

@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from matplotlib.axes import Axes
@@ -16,10 +15,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
 from treepo.config import dump
+from treepo.report.bars import Bars
 from treepo.report.machine import device, versions
 from treepo.studies.run import Listener, Runner
 from treepo.studies.study import Cell, Findings, Panel, Result, Table, Value
@@ -27,33 +27,14 @@ from treepo.studies.study import Cell, Findings, Panel, Result, Table, Value
 COLORS = ("#4c72b0", "#c44e52", "#55a868", "#8172b2", "#ccb974", "#64b5cd", "#8c564b", "#7f7f7f", "#dd8452")
 
 
-class Watching(Listener):
+class Watching(Bars, Listener):
     """Shows a study: a bar of cells with one for each cell under way on a terminal, a line per cell elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
+        super().__init__(console, TextColumn("{task.description}"), time=TimeElapsedColumn())
         self._done = self._known = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            console=console,
-            expand=True,
-            disable=not console.is_terminal,
-        )
         self._all = self._bar.add_task("cells", total=None, note="")
         self._cells: dict[Cell, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def planned(self, done: int, known: int) -> None:
         self._done, self._known = done, known

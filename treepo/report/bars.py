@@ -1,0 +1,35 @@
+"""Progress bars, shown while a context is open and only on a terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+
+
+class Bars:
+    """Holds `_bar`: columns `before`, how much is done of how much, the task's `note`, then column `time`."""
+
+    def __init__(self, console: Console, *before: ProgressColumn, time: ProgressColumn) -> None:
+        self.console = console
+        self._bar = Progress(
+            *before,
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            time,
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
