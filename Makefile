@@ -34,7 +34,7 @@ bench: $(READY)  ## every benchmark, results to benchmarks/results; QUICK=1 for 
 	  OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name \
 	    $(if $(QUICK),--quick,--out benchmarks/results/$$name.json) || exit 1; \
 	done
-	for name in packing training; do \
+	for name in sampling packing training; do \
 	  $(BIN)/python -m benchmarks.$$name --threads 2 \
 	    $(if $(QUICK),--quick,--out benchmarks/results/$$name-2-threads.json) || exit 1; \
 	done

@@ -18,13 +18,16 @@ from rich.table import Table
 from treepo.report.machine import device, versions
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """`quick`, `out`, `threads` (torch gets as many) and `repeats` from the command line."""
+def arguments(description: str, repeats: int | None = 3) -> argparse.Namespace:
+    """`quick`, `out`, `threads` (torch gets as many) and, unless its default is None, `repeats` of the command line."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default 1)")
-    parser.add_argument("--repeats", type=int, default=3, help="counted runs of what is timed in turns (default 3)")
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=int, default=repeats, help=f"counted runs of what is timed in turns (default {repeats})"
+        )
     args = parser.parse_args()
     import torch
 

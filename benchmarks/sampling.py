@@ -4,7 +4,9 @@ Every shape ends with 16 leaves per prompt and the same response length (no stop
 number of trajectory tokens. The trees differ from i.i.d. only in how many tokens they have to decode for them:
 `efficiency` is the speed-up over i.i.d. divided by that ratio. Everything decodes at most 128 rows at once; `generate`
 is timed where that is the whole job, since a larger one is more of the same. With one thread seconds are CPU time, with
-more of wall clock. What takes long is timed once (`repeats`).
+more of wall clock. It takes long, so that everything is timed once unless `--repeats` says otherwise.
+
+    python -m benchmarks.sampling [--quick] [--threads N] [--repeats N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import asyncio
 import copy
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -94,19 +95,11 @@ class Case:
     layers: int
     prompts: int
     response: int
-    threads: int
-    repeats: int
 
 
-QUICK = [Case(128, 4, 4, 64, threads=1, repeats=3)]
-CASES = [
-    Case(384, 5, 8, 512, threads=1, repeats=3),
-    Case(384, 5, 32, 512, threads=1, repeats=1),
-    Case(640, 8, 8, 512, threads=1, repeats=1),
-    Case(640, 8, 32, 256, threads=1, repeats=1),
-    Case(384, 5, 8, 512, threads=2, repeats=1),
-    Case(640, 8, 8, 512, threads=2, repeats=1),
-]
+QUICK = [Case(128, 4, 4, 64)]
+ONE_THREAD = [Case(384, 5, 8, 512), Case(384, 5, 32, 512), Case(640, 8, 8, 512), Case(640, 8, 32, 256)]
+MORE_THREADS = [Case(384, 5, 8, 512), Case(640, 8, 8, 512)]
 COLUMNS = [
     *("shape", "parameters", "prompts", "threads", "trajectory_tokens_per_s", "ratio_to_iid", "efficiency"),
     *("ratio_to_hf_generate", "rows_per_step", "repeats"),
@@ -114,19 +107,18 @@ COLUMNS = [
 
 
 def main() -> None:
-    args = report.arguments(__doc__ or "")
+    args = report.arguments(__doc__ or "", repeats=1)
     results = []
-    for case in QUICK if args.quick else CASES:
-        for row in measure(case):
+    for case in QUICK if args.quick else ONE_THREAD if args.threads == 1 else MORE_THREADS:
+        for row in measure(case, args.repeats):
             results.append(row)
             print(", ".join(f"{key} {row[key]}" for key in COLUMNS), file=sys.stderr, flush=True)
         report.keep("sampling", results, args)
     report.finish("sampling", results, args, columns=COLUMNS)
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
+def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
     """The results of `case`, one for each shape and for `generate`."""
-    torch.set_num_threads(case.threads)
     rng = torch.Generator().manual_seed(1)
     prompt_ids = torch.randint(1, VOCABULARY, (case.prompts, PROMPT), generator=rng)
     plain = new_model(case.hidden, case.layers, case.hidden // 128, PROMPT + case.response)
@@ -162,14 +154,14 @@ def measure(case: Case) -> list[dict[str, Any]]:
     functions: dict[str, Callable[[int], int]] = {name: partial(trees, name) for name in SHAPES}
     if case.prompts * LEAVES <= ROWS:
         functions = {HF: hf_generate, **functions}
-    speed = alternate(functions, case)
+    speed = alternate(functions, case.response, repeats)
     decoded = {name: found.decoded_tokens for name, found in stats.items()}
     return [
         {
             "shape": name,
             "parameters": plain.num_parameters(),
             "prompts": case.prompts,
-            "threads": case.threads,
+            "threads": torch.get_num_threads(),
             "trajectory_tokens_per_s": speed[name],
             "ratio_to_iid": speed[name] / speed["iid"],
             "efficiency": speed[name] / speed["iid"] * decoded[name] / decoded["iid"] if name in decoded else None,
@@ -177,23 +169,22 @@ def measure(case: Case) -> list[dict[str, Any]]:
             "rows_per_step": decoded[name] / stats[name].steps if name in stats else None,
             "decoded_tokens": decoded.get(name),
             "response_tokens": case.response,
-            "repeats": case.repeats,
+            "repeats": repeats,
         }
         for name in functions
     ]
 
 
-def alternate(functions: dict[str, Callable[[int], int]], case: Case) -> dict[str, float]:
+def alternate(functions: dict[str, Callable[[int], int]], response: int, repeats: int) -> dict[str, float]:
     """Median trajectory tokens per second of each function of the response length, which take turns."""
-    clock = time.process_time if case.threads == 1 else time.perf_counter
     speed: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function(16)  # uncounted
-    for _ in range(case.repeats):
+    for _ in range(repeats):
         for name, function in functions.items():
-            start = clock()
-            tokens = function(case.response)
-            speed[name].append(tokens / (clock() - start))
+            start = report.clock()
+            tokens = function(response)
+            speed[name].append(tokens / (report.clock() - start))
     return {name: statistics.median(found) for name, found in speed.items()}
 
 
