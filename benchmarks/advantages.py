@@ -36,7 +36,7 @@ def tree(seed: int) -> Rollout:
 
 
 def main() -> None:
-    args = report.arguments(__doc__)
+    args = report.arguments(__doc__ or "", repeats=None)
     rollouts = [tree(seed) for seed in range(128 if args.quick else 512)]
     estimators: dict[str, Estimator] = {
         "treepo": TreePO(),

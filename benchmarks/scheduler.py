@@ -23,7 +23,7 @@ LETTERS = [chr(97 + i % 26) for i in range(64)]
 
 
 def main() -> None:
-    args = report.arguments(__doc__)
+    args = report.arguments(__doc__ or "", repeats=None)
     rng = Random(0)
     pool = [[rng.randrange(1, 64) for _ in range(SEGMENT)] for _ in range(1024)]
     replies = [*pool, *([*tokens[:7], EOS] for tokens in pool[:64])]  # 6 % of the segments end in EOS
