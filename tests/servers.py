@@ -134,8 +134,8 @@ def refusing(status: int, times: int, *paths: str) -> Intercept:
     return lambda path, count: error if path in paths and count <= times else None
 
 
-def engine_of(model: Any, folder: Path, *servers: Served | str, **settings: Any) -> ServerEngine:
+def engine_of(model: Any, folder: Path, *servers: Served | str, sends: bool = True, **settings: Any) -> ServerEngine:
     """The engine that asks `servers`, impatient."""
     urls = [server if isinstance(server, str) else server.url for server in servers]
     quick = {"backoff_s": 0.02, "tolerance": 1e-3, "timeout_s": 20.0} | settings
-    return ServerEngine(model, ServerSettings(kind="server", urls=urls, **quick), folder)
+    return ServerEngine(model, ServerSettings(kind="server", urls=urls, **quick), folder, sends=sends)

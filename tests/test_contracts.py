@@ -43,6 +43,7 @@ ORDER = [
     "attention.flex",
     "attention.varlen",
     "attention",
+    "lora",
     "model",
     "gradient",
     "warmup",

@@ -36,10 +36,11 @@ def start(folder: Path, processes: int, *overrides: str) -> subprocess.Completed
     )
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["null", "{rank: 4}"], ids=["all weights", "an adapter"])
+def test_two_processes_equal_one(tmp_path: Path, adapter: str) -> None:
     runs = {}
     for processes in (1, 2):
-        done = start(tmp_path / str(processes), processes, *COMMON)
+        done = start(tmp_path / str(processes), processes, *COMMON, f"model.lora={adapter}")
         assert done.returncode == 0, done.stderr
         runs[processes] = tmp_path / str(processes) / "run"
         assert all(done.stdout.count(said) == 1 for said in ("held out after step 3", "learning curve:")), done.stdout
@@ -55,7 +56,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         exact = {"evaluation", "stops"}
         assert all(a.pop(name, None) == b.pop(name, None) for name in exact)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
-    weights = [load_file(run / "checkpoints" / "step-000003" / "model.safetensors") for run in runs.values()]
+    name = "model.safetensors" if adapter == "null" else "adapter_model.safetensors"
+    weights = [load_file(run / "checkpoints" / "step-000003" / name) for run in runs.values()]
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5)
 

@@ -50,7 +50,7 @@ def test_all_dialects_give_the_same_segment_in_their_own_form(served):
     params = {"max_tokens": 5, "seed": 7, "temperature": 0.8, "top_k": 30}
     one = ask(served, "/inference/v1/generate", {"token_ids": [1, 2], "sampling_params": params | {"logprobs": 0}})
     two = ask(
-        served, "/v1/completions", {"model": "m", "prompt": [1, 2], "logprobs": 1, "return_token_ids": True} | params
+        served, "/v1/completions", {"model": "tiny", "prompt": [1, 2], "logprobs": 1, "return_token_ids": True} | params
     )
     theirs = {"max_new_tokens": 5, "sampling_seed": 7, "temperature": 0.8, "top_k": 30}
     three = ask(served, "/generate", {"input_ids": [1, 2], "return_logprob": True, "sampling_params": theirs})

@@ -15,12 +15,14 @@ import torch
 from small_runs import small_config
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from treepo import lora
 from treepo import model as causal_lm
 from treepo.config import changed
 from treepo.engines import Sampling
 from treepo.engines.probe import SAMPLING, mismatch, probe, probe_tree
 from treepo.engines.settings import VLLMSettings
 from treepo.errors import EngineError
+from treepo.lora import LoraSettings
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.trainer import Trainer
 from treepo.tree import ROOT, Stop, Tree
@@ -37,7 +39,7 @@ BLOCK = 32
 class Serving:
     """A tied model with vLLM behind it, and the event loop that both belong to."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: LoraSettings | None = None) -> None:
         from treepo.engines.vllm import VLLMEngine
 
         torch.manual_seed(0)
@@ -56,8 +58,11 @@ class Serving:
         )
         self.plain = Qwen2ForCausalLM(config).eval()
         self.model: PreTrainedModel = causal_lm.prepare(self.plain)
+        if adapter is not None:
+            self.model.save_pretrained(folder / "base")
+            lora.attach(self.model, adapter, str(folder / "base"), seed=0)
         self.runner = asyncio.Runner()
-        self.engine = VLLMEngine(self.model, VLLMSettings(kind="vllm", enforce_eager=True), folder)
+        self.engine = VLLMEngine(self.model, VLLMSettings(kind="vllm", enforce_eager=True), folder / "weights")
 
     def grow(self, shape: SamplerSettings = SHAPE, seed: int = 0, prompts: int = 3) -> list[Tree]:
         sampler = Sampler(self.engine, shape, str, {7})
@@ -67,7 +72,8 @@ class Serving:
     def move(self, by: float = 0.05) -> None:
         with torch.no_grad():
             for parameter in self.model.parameters():
-                parameter.add_(by * torch.randn_like(parameter))
+                if parameter.requires_grad:
+                    parameter.add_(by * torch.randn_like(parameter))
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +194,67 @@ def test_weights_do_not_change_under_an_open_tree_and_entropies_are_refused(serv
     serving.runner.run(amiss())
 
 
-def test_a_run_trains_on_vllm(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """The same with an adapter of a rank that vLLM has to round up."""
+    serving = Serving(tmp_path_factory.mktemp("adapter"), LoraSettings(rank=12, alpha=24))
+    yield serving
+    serving.runner.run(serving.engine.close())
+    serving.runner.close()
+
+
+def test_an_adapter_arrives_alone_and_segments_say_which(adapted: Serving, tmp_path: Path) -> None:
+    weights = adapted.engine._folder
+    before = adapted.grow()
+    assert worst_error(adapted, before) < 1e-4 and not weights.exists(), "at first it has the base, and nothing is sent"
+    for version in (1, 2):
+        adapted.move()
+        assert worst_error(adapted, before) > 0.05, "the test wants an update that shows"
+        adapted.runner.run(adapted.engine.load_weights(version))
+        after = adapted.grow()  # the same prompts and seeds: a stale prefix cache would show
+        assert {node.version for tree in after for node in tree.nodes[1:]} == {version}
+        assert worst_error(adapted, after) < 1e-4
+        (left,) = weights.iterdir()
+        assert left.name == f"version-00000{version}" and not (left / "model.safetensors").exists()
+        before = after
+    assert set(adapted.runner.run(adapted.engine.llm.list_loras())) == {2}
+
+
+def test_an_adapter_that_did_not_arrive_is_found(adapted: Serving) -> None:
+    async def ask() -> str | None:
+        tree = probe_tree(adapted.model)
+        handle = await adapted.engine.open(tree, SAMPLING, [])
+        before = await probe(handle, tree, adapted.model)
+        assert mismatch(before, None, 1e-3) is None
+        adapted.move()  # and nobody tells vLLM
+        found = mismatch(await probe(handle, tree, adapted.model), before, 1e-3)
+        handle.close()
+        return found
+
+    assert "ignored the update" in (adapted.runner.run(ask()) or "")
+    adapted.runner.run(adapted.engine.load_weights(4))
+
+
+def test_an_adapter_that_vllm_cannot_read_ends_the_update(adapted: Serving) -> None:
+    lora.settings_of(adapted.model).use_dora = True
+    try:
+        with pytest.raises(EngineError, match="cannot load version 5 of the weights"):
+            adapted.runner.run(adapted.engine.load_weights(5))
+    finally:
+        lora.settings_of(adapted.model).use_dora = False
+    adapted.runner.run(adapted.engine.load_weights(6))
+    assert worst_error(adapted, adapted.grow()) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["null", "{rank: 8}"])
+def test_a_run_trains_on_vllm(tmp_path: Path, adapter: str) -> None:
     config = changed(
         small_config(tmp_path),
         [
             "model.create={hidden: 128, layers: 1, heads: 2, kv_heads: 2, ffn: 64, context: 32}",
             "engine={kind: vllm, enforce_eager: true}",
             "trainer.steps=3",
+            f"model.lora={adapter}",
         ],
     )
     with Trainer(config) as trainer:

@@ -17,12 +17,16 @@ import pytest
 import torch
 from servers import engine_of
 from small_runs import character_tokenizer
+from test_lora import stir
 from test_server_engine import grow, run, shaken, worst_error
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from treepo import lora
 from treepo import model as causal_lm
 from treepo.engines import Sampling
+from treepo.engines.server import ServerEngine
 from treepo.errors import EngineError
+from treepo.lora import LoraSettings
 
 pytestmark = [
     pytest.mark.vllm,
@@ -45,6 +49,7 @@ FLAGS = (
     "64",
 )
 RIGHT = ("--logprobs-mode", "processed_logprobs", "--enable-scale-out")
+ADAPTERS = ("--enable-lora", "--max-lora-rank", "8")
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +79,7 @@ def serving(folder: Path, *flags: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    more["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     process = subprocess.Popen(
         [
             sys.executable,
@@ -146,3 +152,29 @@ def test_vllm_that_sends_log_probs_before_temperature_is_told_how_to_be_started(
         engine = engine_of(causal_lm.load(str(folder)), tmp_path, url, timeout_s=200)
         with pytest.raises(EngineError, match="start vLLM with --logprobs-mode processed_logprobs"):
             run(engine, grow(engine))
+
+
+def test_vllm_loads_adapters(folder: Path, tmp_path: Path) -> None:
+    policy = causal_lm.load(str(folder))
+    lora.attach(policy, LoraSettings(rank=8), str(folder), seed=0)
+    for url in serving(folder, *RIGHT, *ADAPTERS):
+        for dialect in ("vllm", "completions"):
+            engine = engine_of(policy, tmp_path, url, dialect=dialect, timeout_s=200)
+
+            async def steps(engine: ServerEngine = engine) -> None:
+                for version in (1, 2):
+                    before = await grow(engine)()
+                    stir(policy, seed=version)
+                    assert max(worst_error(policy, tree) for tree in before) > 0.05
+                    await engine.load_weights(version)
+                    assert max(worst_error(policy, tree) for tree in await grow(engine)()) < 1e-4
+
+            run(engine, steps)
+
+
+def test_vllm_without_lora_is_told_how_to_be_started(url: str, folder: Path, tmp_path: Path) -> None:
+    policy = causal_lm.load(str(folder))
+    lora.attach(policy, LoraSettings(rank=8), str(folder), seed=0)
+    engine = engine_of(policy, tmp_path, url, timeout_s=200)
+    with pytest.raises(EngineError, match=r"LoRA is not enabled.*start vLLM with --enable-lora"):
+        run(engine, lambda: engine.load_weights(1))

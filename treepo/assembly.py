@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from treepo import lora
 from treepo import model as causal_lm
 from treepo.actor import Actor, require_room
 from treepo.config import Config
 from treepo.engines import Engine
 from treepo.engines.local import LocalEngine
 from treepo.engines.settings import LocalSettings, ServerSettings
+from treepo.engines.weights import at_once
 from treepo.errors import ConfigError
 from treepo.processes import Processes
 from treepo.seeds import derive
@@ -29,10 +31,13 @@ def build_actor(
     weights: Path | None = None,
     on_warmup: Callable[[int, int, float], None] | None = None,
     processes: Processes | None = None,
+    train_in: Path | None = None,
 ) -> Actor:
     """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
 
-    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. The caller closes the actor.
+    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. `train_in`: the folder of the run that
+    trains it; only there it gets a new adapter, and a new model is kept there for its adapters. The caller closes the
+    actor.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -44,12 +49,35 @@ def build_actor(
         tokenizer = task.tokenizer()
     else:
         raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
+    new = source is None
     if source is not None:
-        model = causal_lm.load(source, config.model.dtype, device)
+        model = causal_lm.load(source, config.model.dtype, device, config.model.lora)
     elif config.model.create is not None:
         seed = derive(config.seed, "weights")
         model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
     processes = processes or Processes()
+
+    def warm() -> None:
+        if new and config.warmup is not None and isinstance(task, Teacher):
+            steps = config.warmup.steps
+            progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
+            warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
+
+    if train_in is not None and config.model.lora is not None and not lora.adapted(model):
+        # Before the engine starts, which may do so on what the adapter belongs to.
+        causal_lm.stop_ids(model, tokenizer)
+        base = config.model.path
+        if base is None:
+            warm()
+            new, base = False, str((train_in / lora.BASE).absolute())
+            if processes.main:
+                with at_once(Path(base), "out must be a folder that this process can write to") as part:
+                    model.save_pretrained(part)
+                    tokenizer.save_pretrained(part)
+            processes.wait()
+        elif Path(base).expanduser().is_dir():
+            base = str(Path(base).expanduser().absolute())
+        lora.attach(model, config.model.lora, base, derive(config.seed, "adapter"))
     with ExitStack() as undo:
         runner = undo.enter_context(asyncio.Runner())
         engine = build_engine(config, model, processes)
@@ -58,10 +86,7 @@ def build_actor(
         runner.run(engine.start())
         for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
             require_room(engine, shape)
-        if source is None and config.warmup is not None and isinstance(task, Teacher):
-            steps = config.warmup.steps
-            progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
-            warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
+        warm()
         scorer = Scorer(task, config.scoring)
         undo.pop_all()  # the actor's from now on
     return Actor(task, tokenizer, model, engine, scorer, processes=processes, runner=runner)

@@ -1,6 +1,7 @@
 """Checkpoints: the whole state of a run in a folder that appears at once or not at all.
 
-`checkpoints/step-000040/` is a Hugging Face model folder with two more files: `optimizer.safetensors` and `state.json`.
+`checkpoints/step-000040/` is a Hugging Face model folder, or that of an adapter (which names its base), with two more
+files: `optimizer.safetensors` and `state.json`.
 There is no random state to keep: every draw is keyed by its place. No pickle is written or read.
 """
 
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from treepo import lora
 from treepo.errors import ConfigError
 
 
@@ -45,7 +47,7 @@ def save(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        model.save_pretrained(part)
+        lora.save(model, part)
         tokenizer.save_pretrained(part)
         save_file(_flat(model, optimizer), part / "optimizer.safetensors")
         (part / "state.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")

@@ -22,8 +22,10 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from treepo import lora
 from treepo.attention import Causal, Plan, PlanName, install, plan_for
 from treepo.errors import ConfigError
+from treepo.lora import LoraSettings
 from treepo.packing import PackedBatch
 from treepo.settings import Settings
 
@@ -57,6 +59,7 @@ class ModelSettings(Settings):
     create: Shape | None = Field(None, description="Or: the shape of a new model.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and activations.")
     device: str = Field("auto", description="A torch device; auto takes CUDA where it is, else the CPU.")
+    lora: LoraSettings | None = Field(None, description="Train an adapter beside the frozen model; null: all weights.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSettings:
@@ -77,20 +80,37 @@ def device(settings: ModelSettings) -> torch.device:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model folder.
+    """The tokenizer saved in a model folder; that of an adapter may have none, and its base's is taken.
 
     AutoTokenizer goes by the type of the model: it takes the tokenizer of any Qwen2-shaped folder for Qwen2's own. One
     that was saved as a plain `tokenizers` file is loaded as that.
     """
     saved = Path(path).expanduser() / "tokenizer_config.json"
+    if not saved.is_file() and (base := lora.base_of(path)) is not None:
+        return load_tokenizer(base)
     plain = saved.is_file() and json.loads(saved.read_text(encoding="utf-8")).get("tokenizer_class") in PLAIN_TOKENIZERS
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(PreTrainedTokenizerFast if plain else AutoTokenizer, path)
     return tokenizer
 
 
-def load(path: str, dtype: str = "float32", device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The causal LM in folder (or Hub repository) `path`, safetensors only, ready for plans."""
-    return prepare(_from_pretrained(AutoModelForCausalLM, path, dtype=DTYPES[dtype], use_safetensors=True).to(device))
+def load(
+    path: str, dtype: str = "float32", device: torch.device | str = "cpu", adapter: LoraSettings | None = None
+) -> PreTrainedModel:
+    """The causal LM in folder (or Hub repository) `path`, safetensors only, ready for plans.
+
+    A folder that holds an adapter stands for its base with the adapter merged into it; or, if it is to be trained on
+    with the settings `adapter`, beside it.
+    """
+    base = lora.base_of(path)
+    options = {"dtype": DTYPES[dtype], "use_safetensors": True}
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, base or path, **options).to(device)
+    if base is None:
+        return prepare(model)
+    if adapter is None:
+        return prepare(lora.merged(model, Path(path).expanduser()))
+    lora.restore(prepare(model), Path(path).expanduser(), adapter)
+    lora.settings_of(model).base_model_name_or_path = base
+    return model
 
 
 def create(
@@ -269,7 +289,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:
     folder = Path(path).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file():
+    if folder.exists() and not any((folder / name).is_file() for name in ("config.json", lora.CONFIG)):
         raise ConfigError(f"model.path: {path} is not a folder with a config.json")
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise ConfigError(f"model.path: there is no folder {path} (a model of the Hub is named owner/name)")

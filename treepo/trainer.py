@@ -13,9 +13,9 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from treepo import checkpoint
+from treepo import checkpoint, lora
 from treepo import model as causal_lm
 from treepo.assembly import build_actor
 from treepo.checkpoint import State
@@ -76,10 +76,10 @@ class Trainer:
         self.stopping = False
         self._exit = ExitStack()
         # What the user may have got wrong comes before what takes long.
-        if config.model.dtype != "float32":
+        if config.model.dtype != "float32" and config.model.lora is None:
             raise ConfigError(
                 f"model.dtype: training needs float32 weights, because updates are lost in {config.model.dtype}; "
-                "sample and eval take any"
+                "sample and eval take any, and so does model.lora, whose adapters are float32"
             )
         self.problems = config.task.problems("train")
         tested = config.task.problems("test")[: config.evaluate.problems] if config.trainer.eval_every else ()
@@ -91,7 +91,7 @@ class Trainer:
         self.folder = RunFolder(config, resume=resume)
         found = self.folder.latest_checkpoint()
         self.processes.wait()  # until everyone has looked, and before anyone writes
-        self.actor = build_actor(config, found, self.observer.warming_up, self.processes)
+        self.actor = build_actor(config, found, self.observer.warming_up, self.processes, self.folder.path)
         self._exit.enter_context(self.actor)
         try:
             if isinstance(self.problems, tuple):  # read from a file, where any may be too long; not generated on demand
@@ -101,7 +101,8 @@ class Trainer:
             if settings.gradient_checkpointing:
                 causal_lm.checkpoint_activations(model)
             self.processes.copy_from_main(model.parameters())
-            optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
             self.optimizer = optimizer
             if found:
                 self.state = checkpoint.load_state(found)
@@ -286,18 +287,25 @@ class Trainer:
             )
             self.observer.saved(path)
 
-    def _reference(self, *, resumed: bool) -> PreTrainedModel | None:
-        """The initial policy, frozen, if the loss asks for it; that of a new model is kept in the run's folder."""
+    def _reference(self, *, resumed: bool) -> Callable[[], AbstractContextManager[PreTrainedModel]] | None:
+        """The initial policy, to be entered, if the loss asks for it; that of a new model is kept in the run's folder.
+
+        Where a new adapter is trained, it is the model without it.
+        """
         settings, kept = self.config.model, self.folder.path / "reference"
         if not self.config.loss.kl:
             return None
-        if resumed:
+        continued = settings.path is not None and lora.base_of(settings.path) is not None
+        if lora.adapted(self.actor.model) and not continued:
+            return partial(lora.without, self.actor.model)
+        if resumed or continued:
             model = causal_lm.load(settings.path or str(kept), settings.dtype, self.actor.model.device)
         else:
             model = copy.deepcopy(self.actor.model)
             if settings.path is None and self.processes.main:
                 model.save_pretrained(kept)
-        return model.requires_grad_(False)
+        frozen = model.requires_grad_(False)
+        return lambda: nullcontext(frozen)
 
     def _accelerator(self) -> Accelerator:
         trackers = list(self.config.trainer.trackers)

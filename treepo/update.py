@@ -39,7 +39,7 @@ class Row:
 
 
 class Updater:
-    """Trains `model` on rollouts; `reference` is the frozen initial policy if the loss has a KL term.
+    """Trains `model` on rollouts; `reference`, once entered, is the initial policy if the loss has a KL term.
 
     Rows are shared out among the processes by their sizes, and gradients summed once per optimizer step: no process
     waits for another in between, so that their numbers of rows need not be equal.
@@ -49,7 +49,7 @@ class Updater:
         self,
         config: Config,
         model: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        reference: Callable[[], AbstractContextManager[PreTrainedModel]] | None,
         optimizer: torch.optim.Optimizer,
         processes: Processes,
     ) -> None:
@@ -97,7 +97,10 @@ class Updater:
 
     def _row(self, batch: PackedBatch, off_policy: bool) -> Row:
         old = self._logprobs(self.model, batch) if off_policy else None
-        return Row(batch, old, self._logprobs(self.reference, batch) if self.reference is not None else None)
+        if self.reference is None:
+            return Row(batch, old, None)
+        with self.reference() as reference:
+            return Row(batch, old, self._logprobs(reference, batch))
 
     def _optimize(self, step: int, rows: Sequence[Row], total: float) -> dict[str, float]:
         """One optimizer step on the mean over all (leaf, token) pairs of every process's `rows`."""

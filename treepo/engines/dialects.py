@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 from treepo.engines import Sampling
 from treepo.errors import EngineError
+from treepo.tree import Tree
 
 Json = Mapping[str, Any]
 NOT_SENT = -9000.0  # vLLM writes -9999 where it has no log-prob
@@ -28,6 +29,39 @@ class Ask:
     seed: int
     sampling: Sampling
     stop_ids: Collection[int]
+
+    @classmethod
+    def of(cls, handle: Asking, node: int, max_tokens: int, seed: int, context: int) -> Ask:
+        """The segment after `node` of a handle's tree; raises `EngineError` if it could exceed the `context`."""
+        tree = handle.tree
+        ask = cls(tree.tokens(node), max_tokens, seed, handle.sampling, handle.stop_ids)
+        if len(ask.tokens) + max_tokens > context:
+            raise EngineError(
+                f"tree {tree.key!r}: {len(ask.tokens)} tokens of prefix and max_tokens={max_tokens} exceed the "
+                f"context of {context}: lower the response budget"
+            )
+        return ask
+
+
+class Asking(Protocol):
+    """What the handles of all engines of this kind know."""
+
+    tree: Tree
+    sampling: Sampling
+    stop_ids: frozenset[int]
+
+
+def require_answerable(tree: Tree, context: int, remedy: str, *, entropies: bool) -> None:
+    """Raise `EngineError` for a tree that no inference server can grow; `remedy`: for a prompt that is too long."""
+    if entropies:
+        raise EngineError(
+            "inference servers send no entropies: choose a sampler.branching that needs none, or the local engine"
+        )
+    if len(tree.prompt) >= context:
+        raise EngineError(
+            f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share {context}: "
+            f"drop the problem, or {remedy}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +81,15 @@ class Dialect(Protocol):
     path: ClassVar[str]
     block: ClassVar[int]
     """Tokens per block of the prefix cache, unless the server was told otherwise."""
+    adapters: ClassVar[str]
+    """What stands before /load_lora_adapter."""
 
     def refusal(self, sampling: Sampling) -> str | None:
         """Why log-probs under `sampling` cannot be had from such a server; None: they can."""
         ...
 
-    def body(self, model: str, ask: Ask) -> Json:
-        """The JSON that asks for a segment."""
+    def body(self, model: str, ask: Ask, adapter: str | None = None) -> Json:
+        """The JSON that asks for a segment of `model`, or of its `adapter`."""
         ...
 
     def read(self, reply: Any) -> Reply:
@@ -67,13 +103,14 @@ class VLLMGenerate:
     name: ClassVar[str] = "vllm"
     path: ClassVar[str] = "/inference/v1/generate"
     block: ClassVar[int] = 16
+    adapters: ClassVar[str] = "/v1"
 
     def refusal(self, sampling: Sampling) -> str | None:
         return None
 
-    def body(self, model: str, ask: Ask) -> Json:
+    def body(self, model: str, ask: Ask, adapter: str | None = None) -> Json:
         params = {**vllm_sampling(ask), "logprobs": 0, "detokenize": False}
-        return {"model": model, "token_ids": ask.tokens, "sampling_params": params, "stream": False}
+        return {"model": adapter or model, "token_ids": ask.tokens, "sampling_params": params, "stream": False}
 
     def read(self, reply: Any) -> Reply:
         (choice,) = reply["choices"]
@@ -87,13 +124,14 @@ class VLLMCompletions:
     name: ClassVar[str] = "completions"
     path: ClassVar[str] = "/v1/completions"
     block: ClassVar[int] = 16
+    adapters: ClassVar[str] = "/v1"
 
     def refusal(self, sampling: Sampling) -> str | None:
         return None
 
-    def body(self, model: str, ask: Ask) -> Json:
+    def body(self, model: str, ask: Ask, adapter: str | None = None) -> Json:
         more = {"logprobs": 1, "return_token_ids": True, "skip_special_tokens": False, "stream": False}
-        return {"model": model, "prompt": ask.tokens, **vllm_sampling(ask), **more}
+        return {"model": adapter or model, "prompt": ask.tokens, **vllm_sampling(ask), **more}
 
     def read(self, reply: Any) -> Reply:
         (choice,) = reply["choices"]
@@ -113,13 +151,14 @@ class SGLang:
     name: ClassVar[str] = "sglang"
     path: ClassVar[str] = "/generate"
     block: ClassVar[int] = 1
+    adapters: ClassVar[str] = ""
 
     def refusal(self, sampling: Sampling) -> str | None:
         if sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1):
             return "SGLang's log-probs are those before top_k and top_p: set top_k 0 and top_p 1, or use vLLM"
         return None
 
-    def body(self, model: str, ask: Ask) -> Json:
+    def body(self, model: str, ask: Ask, adapter: str | None = None) -> Json:
         sampling = ask.sampling
         params = {
             "n": 1,
@@ -138,7 +177,8 @@ class SGLang:
             "skip_special_tokens": False,
         }
         more = {"return_logprob": True, "logprob_start_len": -1, "stream": False}
-        return {"input_ids": ask.tokens, "sampling_params": params, **more}
+        chosen = {} if adapter is None else {"lora_path": adapter}  # which is an adapter's name there
+        return {"input_ids": ask.tokens, "sampling_params": params, **more, **chosen}
 
     def read(self, reply: Any) -> Reply:
         meta = reply["meta_info"]
@@ -186,8 +226,12 @@ def checked(ask: Ask, reply: Reply) -> tuple[list[int], list[float]]:
 class Update(Protocol):
     """How a server is told to load weights from a folder."""
 
-    def requests(self, folder: str) -> list[tuple[str, Json]]:
-        """Paths and bodies, to be posted one after the other; the prefix cache is empty afterwards."""
+    def requests(self, folder: str, adapter: str | None, last: str | None) -> list[tuple[str, Json, bool]]:
+        """Paths and bodies, to be posted one after the other, and whether it matters that the server refuses.
+
+        `adapter`: the name that the weights will be asked for by, where they are an adapter; `last`: that of the one
+        before. Nothing that is computed afterwards comes from a cache of other weights.
+        """
         ...
 
 
@@ -196,8 +240,8 @@ class FromDisk:
 
     path: ClassVar[str] = "/update_weights_from_disk"
 
-    def requests(self, folder: str) -> list[tuple[str, Json]]:
-        return [(self.path, {"model_path": folder, "weight_version": folder, "flush_cache": True})]
+    def requests(self, folder: str, adapter: str | None, last: str | None) -> list[tuple[str, Json, bool]]:
+        return [(self.path, {"model_path": folder, "weight_version": folder, "flush_cache": True}, True)]
 
 
 class CollectiveRPC:
@@ -205,13 +249,37 @@ class CollectiveRPC:
 
     path: ClassVar[str] = "/collective_rpc"
 
-    def requests(self, folder: str) -> list[tuple[str, Json]]:
+    def requests(self, folder: str, adapter: str | None, last: str | None) -> list[tuple[str, Json, bool]]:
         reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
-        return [(self.path, reload), ("/reset_prefix_cache", {})]
+        return [(self.path, reload, True), ("/reset_prefix_cache", {}, True)]
 
 
-def update_of(paths: Collection[str]) -> Update | None:
-    """How a server that has `paths` takes new weights; None: it does not."""
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
+    """`/load_lora_adapter` of SGLang and, below `/v1`, of vLLM; `treepo serve` has both.
+
+    The caches of all of them tell adapters apart.
+    """
+
+    prefix: str
+
+    @property
+    def path(self) -> str:
+        """Where a server that takes adapters takes them."""
+        return f"{self.prefix}/load_lora_adapter"
+
+    def requests(self, folder: str, adapter: str | None, last: str | None) -> list[tuple[str, Json, bool]]:
+        # One of this name may be there: from a run before, or from before a connection broke.
+        gone = [name for name in dict.fromkeys((last, adapter)) if name is not None]
+        unload = [(f"{self.prefix}/unload_lora_adapter", {"lora_name": name}, False) for name in gone]
+        return [*unload, (self.path, {"lora_name": adapter, "lora_path": folder}, True)]
+
+
+def update_of(paths: Collection[str], dialect: Dialect | None = None, *, adapters: bool = False) -> Update | None:
+    """How a server that has `paths` takes new weights, or `adapters`; None: it does not."""
+    if adapters:
+        load = LoadAdapter(dialect.adapters if dialect is not None else "")
+        return load if load.path in paths else None
     if FromDisk.path in paths:
         return FromDisk()
     return CollectiveRPC() if CollectiveRPC.path in paths else None

@@ -16,6 +16,11 @@ from treepo.engines.settings import ServerSettings
 from treepo.errors import ConfigError, EngineError
 
 AGAIN = frozenset({408, 429, 500, 502, 503, 504})
+FOR_WEIGHTS = "start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, or use SGLang or treepo serve"
+FOR_ADAPTERS = (
+    "start vLLM with --enable-lora --max-lora-rank RANK, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True in its environment, "
+    "or SGLang with --enable-lora --max-lora-rank RANK --lora-target-modules all; treepo serve wants peft installed"
+)
 
 
 class DeadError(Exception):
@@ -23,15 +28,15 @@ class DeadError(Exception):
 
 
 class BrokenError(Exception):
-    """A connection broke: the server may be another process by now, with other weights. Not seen by users either."""
+    """The server may be another process by now, with other weights. Not seen by users either."""
 
 
 class Replica:
     """A server. Its requests are bounded in number, share connections, and are sent again when they fail in passing."""
 
-    def __init__(self, url: str, settings: ServerSettings) -> None:
+    def __init__(self, url: str, settings: ServerSettings, *, adapters: bool = False) -> None:
         self.url = url
-        self._settings = settings
+        self._settings, self._adapters = settings, adapters
         self._client = httpx2.AsyncClient(
             base_url=url,
             headers=_headers(settings),
@@ -46,6 +51,7 @@ class Replica:
         self.dialect: Dialect | None = None  # None: never reached
         self.update: Update | None = None
         self.model = ""  # as the server calls it
+        self.adapter: str | None = None  # what is asked for in its place
         self.context: int | None = None  # None: it does not say
         self.alive = True
         self.asked_at = 0.0  # when it was last asked whether it is alive, by the monotonic clock
@@ -73,7 +79,7 @@ class Replica:
         paths = await self._paths()
         wanted = self._settings.dialect
         self.dialect = recognised(paths) if wanted == "auto" else DIALECTS[wanted]
-        self.update = update_of(paths)
+        self.update = update_of(paths, self.dialect, adapters=self._adapters)
         if self.dialect is None:
             raise EngineError(
                 f"{self.url} speaks none of {', '.join(d.path for d in DIALECTS.values())}: vllm serve, "
@@ -91,7 +97,8 @@ class Replica:
         self.outstanding += 1
         try:
             async with self._places:
-                response = await self._send("POST", dialect.path, dialect.body(self.model, ask), patient=patient)
+                body = dialect.body(self.model, ask, self.adapter)
+                response = await self._send("POST", dialect.path, body, patient=patient)
         finally:
             self.outstanding -= 1
         try:
@@ -102,22 +109,29 @@ class Replica:
                 f"({type(error).__name__}: {error}): {_short(response.text)}"
             ) from error
 
-    async def load(self, folder: str) -> None:
-        """Have the server load the weights in `folder`; raises as `generate`."""
+    async def load(self, folder: str, adapter: str | None = None) -> None:
+        """Have the server load the weights in `folder`, which are an adapter if that is named; raises as `generate`."""
         if self.update is None:
-            raise EngineError(
-                f"{self.url} cannot take new weights: start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, or "
-                "use SGLang or treepo serve (docs/engines.md)"
-            )
-        for path, body in self.update.requests(folder):
-            for attempt in range(self._settings.retries + 1):
-                response = await self._send("POST", path, body)
-                if _succeeded(response):
-                    break
-                # A cache cannot be emptied while the last blocks of a request that was given up are let go.
-                await asyncio.sleep(self._settings.backoff_s * 2**attempt)
-            else:
-                raise EngineError(f"{self.url}{path} failed: {_message(response)}")
+            what = f"new weights: {FOR_WEIGHTS}" if adapter is None else f"adapters: {FOR_ADAPTERS}"
+            raise EngineError(f"{self.url} cannot take {what} (docs/engines.md)")
+        last, self.adapter = self.adapter, adapter
+        for path, body, needed in self.update.requests(folder, adapter, last):
+            try:
+                await self._load(path, body)
+            except EngineError as error:
+                if needed and adapter is not None:
+                    raise EngineError(f"{error}; {FOR_ADAPTERS} (docs/engines.md)") from error
+                if needed:
+                    raise
+
+    async def _load(self, path: str, body: Json) -> None:
+        for attempt in range(self._settings.retries + 1):
+            response = await self._send("POST", path, body)
+            if _succeeded(response):
+                return
+            # A cache cannot be emptied while the last blocks of a request that was given up are let go.
+            await asyncio.sleep(self._settings.backoff_s * 2**attempt)
+        raise EngineError(f"{self.url}{path} failed: {_message(response)}")
 
     async def _paths(self) -> set[str]:
         """The paths that the server has, as far as it says."""
@@ -127,7 +141,7 @@ class Replica:
             return set(found)
         # The description can be switched off. Only SGLang knows the first of these, and only vLLM the second.
         if await self._get("/get_model_info") is not None:
-            return {"/generate", "/update_weights_from_disk"}
+            return {"/generate", "/update_weights_from_disk", "/load_lora_adapter"}
         return {"/v1/completions"} if await self._get("/version") is not None else set()
 
     async def _get(self, path: str) -> httpx2.Response | None:
@@ -164,6 +178,9 @@ class Replica:
                 return response
             status = response.status_code
             why = f"{status} {_message(response)}"
+            if not patient and self.adapter is not None and self.adapter in why:
+                self.holds = None  # it has forgotten the adapter
+                raise BrokenError(why)
             if status not in AGAIN:
                 raise self._refused(path, response)
         if status is not None:

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from treepo import lora
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
-from treepo.engines.dialects import Ask, checked
+from treepo.engines.dialects import Ask, checked, require_answerable
 from treepo.engines.probe import SAMPLING, Probe, mismatch, probe, probe_tree
 from treepo.engines.replica import BrokenError, DeadError, Replica
 from treepo.engines.settings import ServerSettings
@@ -59,12 +60,7 @@ class ServerHandle:
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
         """Continue the prefix that ends with `node`; see `Handle`."""
-        ask = Ask(self.tree.tokens(node), max_tokens, seed, self.sampling, self.stop_ids)
-        if len(ask.tokens) + max_tokens > self._engine.context:
-            raise EngineError(
-                f"tree {self.tree.key!r}: {len(ask.tokens)} tokens of prefix and max_tokens={max_tokens} exceed the "
-                f"context of {self._engine.context}: lower the response budget"
-            )
+        ask = Ask.of(self, node, max_tokens, seed, self._engine.context)
         why = ""
         for _ in range(len(self._engine._replicas) + self._engine._settings.retries + 1):
             replica = await self._engine._replica_of(self)
@@ -98,7 +94,8 @@ class ServerEngine:
         self._model, self._settings, self._sends = model, settings, sends
         self._folder = Path(folder).expanduser().absolute()
         self._weights: Path | None = None  # those that the servers were asked to load; None: the ones they began with
-        self._replicas = [Replica(url, settings) for url in settings.urls]
+        self._adapter: str | None = None  # what they call those, if they are an adapter
+        self._replicas = [Replica(url, settings, adapters=lora.adapted(model)) for url in settings.urls]
         self._handles: set[ServerHandle] = set()
         self._revivals: dict[Replica, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,15 +131,7 @@ class ServerEngine:
     ) -> ServerHandle:
         """A handle for `tree` at the live server with the fewest trees."""
         await self.start()
-        if entropies:
-            raise EngineError(
-                "servers send no entropies: choose a sampler.branching that needs none, or the local engine"
-            )
-        if len(tree.prompt) >= self.context:
-            raise EngineError(
-                f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share "
-                f"{self.context}: drop the problem, or serve the model with a longer context"
-            )
+        require_answerable(tree, self.context, "serve the model with a longer context", entropies=entropies)
         for replica in self._replicas:
             if replica.dialect is not None and (refusal := replica.dialect.refusal(sampling)):
                 raise EngineError(f"{replica.url}: {refusal}")
@@ -164,7 +153,7 @@ class ServerEngine:
             raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
         await self.start()
         self.version, old = version, self._weights
-        self._weights = self._save(version) if self._sends else None
+        self._write(version)
         for replica in self._replicas:
             replica.holds = None
         live = [replica for replica in self._replicas if replica.alive]
@@ -284,12 +273,13 @@ class ServerEngine:
             tolerance, before = self._settings.tolerance, None
             if self._weights is not None:
                 before = replica.probed
-                await replica.load(str(self._weights))
+                await replica.load(str(self._weights), self._adapter)
+            replica.adapter = self._adapter
             found = await self._probe(replica)
             if found.difference > tolerance and self._weights is None and self._sends and replica.update:
                 log.warning("engine: %s gets the model's weights, for it has others", replica.url)
-                self._weights = self._save(self.version)
-                await replica.load(str(self._weights))
+                self._write(self.version)
+                await replica.load(str(self._weights), self._adapter)
                 found = await self._probe(replica)
             if why := mismatch(found, before, tolerance):
                 raise EngineError(f"{replica.url}, version {self.version} of the weights: {why}")
@@ -300,5 +290,6 @@ class ServerEngine:
         replica.probed = await probe(_Single(replica, tree, self.version), tree, self._model)
         return replica.probed
 
-    def _save(self, version: int) -> Path:
-        return save(self._model, self._folder, version)
+    def _write(self, version: int) -> None:
+        self._adapter = lora.name_of(self._model) if lora.adapted(self._model) else None
+        self._weights = save(self._model, self._folder, version) if self._sends else None

@@ -1,4 +1,4 @@
-"""vLLM in this process: its AsyncLLM, token ids in and out, weights reloaded in place after every update.
+"""vLLM in this process: its AsyncLLM, token ids in and out, weights or an adapter loaded after every update.
 
 vLLM keeps key-values of whole blocks of a prefix, whoever computed them: siblings, later segments and fallbacks reuse
 them without our doing. Weights go through a folder, and a probe (`engines.probe`) shows that they have arrived.
@@ -13,13 +13,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
+from treepo import lora
 from treepo import model as causal_lm
 from treepo.engines import Sampling, Segment
-from treepo.engines.dialects import Ask, Reply, checked, vllm_sampling
+from treepo.engines.dialects import Ask, Reply, checked, require_answerable, vllm_sampling
 from treepo.engines.probe import SAMPLING, Probe, mismatch, probe, probe_tree
 from treepo.engines.settings import VLLMSettings
 from treepo.engines.weights import save
@@ -52,12 +53,7 @@ class VLLMHandle:
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
         """Continue the prefix that ends with `node`; see `Handle`. Cancelled, vLLM gives the request up, too."""
-        ask = Ask(self.tree.tokens(node), max_tokens, seed, self.sampling, self.stop_ids)
-        if len(ask.tokens) + max_tokens > self._engine.context:
-            raise EngineError(
-                f"tree {self.tree.key!r}: {len(ask.tokens)} tokens of prefix and max_tokens={max_tokens} exceed the "
-                f"context of {self._engine.context}: lower the response budget"
-            )
+        ask = Ask.of(self, node, max_tokens, seed, self._engine.context)
         return Segment(*checked(ask, await self._engine._ask(ask)), self._engine.version)
 
     def close(self) -> None:
@@ -72,6 +68,8 @@ class VLLMEngine:
         self._model, self._settings = model, settings
         self._folder = Path(folder).expanduser().absolute()
         self._weights: Path | None = None  # where vLLM has read them last
+        self._adapter: Any = None  # vLLM's LoRARequest, if those are an adapter
+        self._adapters = count(1)
         self.llm: Any = None  # vLLM's AsyncLLM, once it was started
         self._handles: set[VLLMHandle] = set()
         self._numbers = count()
@@ -103,10 +101,9 @@ class VLLMEngine:
         cpu = current_platform.is_cpu()
         # On CPUs vLLM's own default of 128 recomputes more than it saves at segments of 64.
         self.granularity = self._settings.block_tokens or (32 if cpu else 16)
-        self._weights = self._save()
         settings = self._settings
         given: dict[str, Any] = {
-            "model": str(self._weights),
+            **self._first(),
             "skip_tokenizer_init": True,
             "dtype": settings.dtype if settings.dtype != "auto" else str(self._model.dtype).removeprefix("torch."),
             "max_model_len": self.context,
@@ -138,15 +135,7 @@ class VLLMEngine:
         entropies: bool = False,
     ) -> VLLMHandle:
         """A handle for `tree`, once vLLM was seen to decode with the model's weights."""
-        if entropies:
-            raise EngineError(
-                "vLLM sends no entropies: choose a sampler.branching that needs none, or the local engine"
-            )
-        if len(tree.prompt) >= self.context:
-            raise EngineError(
-                f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share "
-                f"{self.context}: drop the problem, or raise engine.max_model_len"
-            )
+        require_answerable(tree, self.context, "raise engine.max_model_len", entropies=entropies)
         await self.start()
         await self._make_ready()
         handle = VLLMHandle(self, tree, sampling, frozenset(stop_ids))
@@ -183,7 +172,8 @@ class VLLMEngine:
         )
         number = f"treepo-{next(self._numbers)}"
         try:
-            async for last in self.llm.generate(TokensPrompt(prompt_token_ids=ask.tokens), params, number):
+            prompt = TokensPrompt(prompt_token_ids=ask.tokens)
+            async for last in self.llm.generate(prompt, params, number, lora_request=self._adapter):
                 output = last
         except EngineDeadError as error:
             raise EngineError(f"vLLM has died: {error}; what it last said is above") from error
@@ -217,13 +207,37 @@ class VLLMEngine:
     async def _reload(self) -> None:
         old, self._weights = self._weights, self._save()
         try:
-            await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
+            if lora.adapted(self._model):
+                await self._load_adapter(self._weights)
+            else:
+                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
         except Exception as error:  # whatever a worker raised arrives as a bare Exception
             raise EngineError(f"vLLM cannot load version {self.version} of the weights: {error}") from error
         if not await self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its prefix cache after an update: requests are still under way")
         if old is not None and old != self._weights:
             shutil.rmtree(old, ignore_errors=True)
+
+    async def _load_adapter(self, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        # vLLM's prefix cache goes by name and path, and its workers by the number.
+        adapter = LoRARequest(lora.name_of(self._model), next(self._adapters), str(folder))
+        if self._adapter is not None:
+            await self.llm.remove_lora(self._adapter.lora_int_id)
+        await self.llm.add_lora(adapter)
+        self._adapter = adapter
+
+    def _first(self) -> dict[str, Any]:
+        """What vLLM starts with: the model's weights, or, where an adapter is trained, those that it belongs to."""
+        if not lora.adapted(self._model):
+            self._weights = self._save()
+            return {"model": str(self._weights)}
+        from vllm.config.lora import MaxLoRARanks
+
+        adapter = lora.settings_of(self._model)
+        rank = min((rank for rank in get_args(MaxLoRARanks) if rank >= adapter.r), default=adapter.r)
+        return {"model": adapter.base_model_name_or_path, "enable_lora": True, "max_lora_rank": rank}
 
     async def _probe(self) -> Probe:
         tree = probe_tree(self._model)

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from treepo import lora
 from treepo.errors import writing
 
 
 def save(model: PreTrainedModel, folder: Path, version: int, *, untied: bool = False) -> Path:
-    """`model` as `folder/version-...`, which appears at once or not at all; returns that path.
+    """`model`, or its adapter alone if it has one, as `folder/version-...`; returns that path.
 
     `untied`: with an output matrix of its own, even if it shares the input's; what the model computes is the same.
     """
     final = folder / f"version-{version:06d}"
-    part = final.with_name(f".{final.name}.part")
-    with writing(final, "engine.weights_dir must be a folder that this process can write to"):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        if untied and model.config.tie_word_embeddings:
+    with at_once(final, "engine.weights_dir must be a folder that this process can write to") as part:
+        if untied and model.config.tie_word_embeddings and not lora.adapted(model):
             _save_untied(model, part)
         else:
-            model.save_pretrained(part)
+            lora.save(model, part)
+    return final
+
+
+@contextmanager
+def at_once(final: Path, remedy: str) -> Iterator[Path]:
+    """A folder to fill that becomes `final` afterwards: that one appears at once or not at all.
+
+    A disk that refuses is a `ConfigError` that ends with `remedy`.
+    """
+    part = final.with_name(f".{final.name}.part")
+    with writing(final, remedy):
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
         with suppress(FileNotFoundError):
             shutil.rmtree(final)
         part.rename(final)
-    return final
 
 
 def _save_untied(model: PreTrainedModel, folder: Path) -> None:

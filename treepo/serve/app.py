@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
-from treepo import __version__
+from treepo import __version__, lora
 from treepo.errors import ConfigError, EngineError
 from treepo.serve import schemas
-from treepo.serve.prefixes import Answer, Prefixes
+from treepo.serve.prefixes import Answer, NotLoadedError, Prefixes
 from treepo.serve.schemas import BadRequestError, Body, Job, Server
 
 Parse = Callable[[Body, Server], Job]
 Write = Callable[[Job, Answer, Server], dict[str, Any]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 GONE = 499  # nobody reads it
+SGLANG = ("/generate", "/load_lora_adapter", "/unload_lora_adapter")
 
 
 def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_key: str | None = None) -> Starlette:
@@ -34,7 +36,7 @@ def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_ke
     def generating(parse: Parse, write: Write) -> Endpoint:
         async def endpoint(request: Request) -> Response:
             job = parse(await _json(request), server)
-            call = prefixes.generate(job.ids, job.max_tokens, job.seed, job.sampling, job.stop_ids)
+            call = prefixes.generate(job.ids, job.max_tokens, job.seed, job.sampling, job.stop_ids, job.adapter)
             answer = await unless_gone(request, call)
             return Response(status_code=GONE) if answer is None else _reply(write(job, answer, server))
 
@@ -50,6 +52,29 @@ def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_ke
         except ConfigError as error:
             return _reply({"success": False, "message": str(error), "num_paused_requests": 0}, 400)
         return _reply({"success": True, "message": "Succeeded to update model weights.", "num_paused_requests": 0})
+
+    def loading(*, sglang: bool) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            name, folder = schemas.adapter_of(await _json(request))
+            if folder is None:
+                raise BadRequestError("lora_path must be a folder.")
+            try:
+                await prefixes.update(None, lambda: replace_adapter(model, Path(folder)), name)
+            except ConfigError as error:
+                raise BadRequestError(str(error)) from error
+            return _loaded(f"LoRA adapter '{name}' added successfully.", name, sglang=sglang)
+
+        return endpoint
+
+    def unloading(*, sglang: bool) -> Endpoint:
+        async def endpoint(request: Request) -> Response:
+            name, _ = schemas.adapter_of(await _json(request))
+            if name != prefixes.adapter:
+                raise NotLoadedError(f"The lora adapter '{name}' cannot be found.")
+            await prefixes.update(None, lambda: lora.detach(model))
+            return _loaded(f"LoRA adapter '{name}' removed successfully.", None, sglang=sglang)
+
+        return endpoint
 
     def plainly(reply: Callable[[], Response]) -> Endpoint:
         async def endpoint(_: Request) -> Response:
@@ -80,8 +105,12 @@ def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_ke
         "/version": (["GET"], plainly(lambda: _reply({"version": __version__}))),
         "/openapi.json": (["GET"], plainly(openapi)),
     }
+    if find_spec("peft") is not None:
+        for prefix in ("/v1", ""):  # vLLM's and SGLang's
+            paths[f"{prefix}/load_lora_adapter"] = (["POST"], loading(sglang=not prefix))
+            paths[f"{prefix}/unload_lora_adapter"] = (["POST"], unloading(sglang=not prefix))
     routes = [
-        Route(path, _guarded(endpoint, api_key, sglang=path == "/generate"), methods=methods)
+        Route(path, _guarded(endpoint, api_key, sglang=path in SGLANG), methods=methods)
         for path, (methods, endpoint) in paths.items()
     ]
     return Starlette(routes=[*routes, Route("/health", plainly(Response))])
@@ -103,7 +132,7 @@ async def unless_gone(request: Request, call: Awaitable[Answer]) -> Answer | Non
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Copy the safetensors of `folder` into `model`; raises `ConfigError`, before anything is changed, if they differ.
 
-    Tied weights need not be there.
+    Tied weights need not be there. An adapter is taken out.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
@@ -112,6 +141,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         new = {name: value for file in files for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"model_path: {folder} cannot be read: {error}") from error
+    lora.detach(model)
     own = model.state_dict()
     stored = {own[name].data_ptr() for name in new if name in own}
     wrong = sorted(
@@ -121,6 +151,12 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     if wrong:
         raise ConfigError(f"model_path: {folder} holds another model: {', '.join(wrong[:3])} differ")
     model.load_state_dict(new, strict=False)
+
+
+def replace_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Give `model` the adapter in `folder` in place of the one that it may have; raises `ConfigError`."""
+    lora.detach(model)
+    lora.restore(model, folder)
 
 
 def _guarded(endpoint: Endpoint, api_key: str | None, *, sglang: bool) -> Endpoint:
@@ -134,6 +170,8 @@ def _guarded(endpoint: Endpoint, api_key: str | None, *, sglang: bool) -> Endpoi
             return await endpoint(request)
         except BadRequestError as error:
             return _failure(str(error), "BadRequestError", 400, sglang=sglang)
+        except NotLoadedError as error:
+            return _failure(str(error), "NotFoundError", 400 if sglang else 404, sglang=sglang)
         except EngineError as error:
             return _failure(str(error), "InternalServerError", 500, sglang=sglang)
 
@@ -143,6 +181,12 @@ def _guarded(endpoint: Endpoint, api_key: str | None, *, sglang: bool) -> Endpoi
 def _failure(message: str, kind: str, status: int, *, sglang: bool) -> Response:
     more = {} if sglang else {"type": kind, "param": None, "code": status}
     return _reply({"error": {"message": message, **more}}, status)
+
+
+def _loaded(message: str, name: str | None, *, sglang: bool) -> Response:
+    if not sglang:
+        return PlainTextResponse(f"Success: {message}")
+    return _reply({"success": True, "error_message": "", "loaded_adapters": {} if name is None else {name: name}})
 
 
 def _reply(content: dict[str, Any], status: int = 200) -> Response:

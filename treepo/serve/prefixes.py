@@ -36,6 +36,10 @@ class Answer:
     weights: str  # what those were called that sampled it
 
 
+class NotLoadedError(Exception):
+    """A request wants an adapter that is not there, or none where one is."""
+
+
 class Prefixes:
     """Answers requests on `engine`, and keeps at most `tokens` tokens of key-values that no request under way needs.
 
@@ -44,7 +48,8 @@ class Prefixes:
 
     def __init__(self, engine: LocalEngine, tokens: int) -> None:
         self.engine, self.tokens = engine, tokens
-        self.weights = "default"  # what they are called, by whoever sent them
+        self.adapter: str | None = None  # the one that the model has
+        self._base = "default"  # what the other weights are called, by whoever sent them
         self.running = 0
         self.kept = 0
         self._trees: dict[tuple[int, ...], _Open] = {}  # by prompt
@@ -58,12 +63,27 @@ class Prefixes:
     def __len__(self) -> int:
         return len(self._trees)
 
+    @property
+    def weights(self) -> str:
+        """What the weights are called that are decoded with."""
+        return self.adapter or self._base
+
     async def generate(
-        self, ids: Sequence[int], max_tokens: int, seed: int, sampling: Sampling, stop_ids: frozenset[int]
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        adapter: str | None = None,
     ) -> Answer:
-        """Continue `ids`; raises `EngineError`. Cancelling the call frees its slot."""
+        """Continue `ids`; raises `EngineError`, or `NotLoadedError`. Cancelling the call frees its slot."""
         while not self._free.is_set():
             await self._free.wait()
+        if adapter != self.adapter:
+            wanted = "The base model" if adapter is None else f"The model `{adapter}`"
+            served = "without an adapter" if self.adapter is None else f"with the adapter `{self.adapter}` alone"
+            raise NotLoadedError(f"{wanted} does not exist: what is served is the base model {served}.")
         self.running += 1
         self._idle.clear()
         try:
@@ -89,8 +109,8 @@ class Prefixes:
         """Forget all that no request under way needs."""
         self._evict(0)
 
-    async def update(self, weights: str, load: Callable[[], None]) -> None:
-        """Have `load` change the weights to those called `weights`.
+    async def update(self, weights: str | None, load: Callable[[], None], adapter: str | None = None) -> None:
+        """Have `load` change the weights to those called `weights` (None: as ever), or give them another `adapter`.
 
         That is once all requests under way are answered; later ones wait until it is done.
         """
@@ -99,8 +119,9 @@ class Prefixes:
             try:
                 await self._idle.wait()
                 self.flush()
+                self.adapter = None  # also if `load` fails
                 load()
-                self.weights = weights
+                self._base, self.adapter = weights or self._base, adapter
                 await self.engine.load_weights(self.engine.version + 1)
             finally:
                 self._free.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ Body = Mapping[str, Any]
 # Without effect here; and what they must be, for anything else would have one.
 IGNORED = frozenset(
     (
-        *("model", "user", "request_id", "rid", "priority", "cache_salt", "stream_options", "metadata", "detokenize"),
+        *("user", "request_id", "rid", "priority", "cache_salt", "stream_options", "metadata", "detokenize"),
         *("skip_special_tokens", "spaces_between_special_tokens", "no_stop_trim", "include_stop_str_in_output"),
         *("add_special_tokens", "logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"),
         *("return_token_ids", "return_tokens_as_token_ids", "output_kind"),
@@ -34,7 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("stop", "stop_regex", "bad_words", "logit_bias", "allowed_token_ids"), (None, "", [], {})),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens", "suffix", "structured_outputs"), (None,)),
     **dict.fromkeys(("json_schema", "regex", "ebnf", "structural_tag", "kv_transfer_params"), (None,)),
-    **dict.fromkeys(("features", "lora_path", "image_data", "custom_params", "extra_args"), (None,)),
+    **dict.fromkeys(("features", "image_data", "custom_params", "extra_args"), (None,)),
 }
 
 
@@ -52,6 +52,7 @@ class Job:
     sampling: Sampling
     stop_ids: frozenset[int]
     logprobs: bool
+    adapter: str | None = None  # None: the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,33 +70,33 @@ class Server:
 def vllm_generate(body: Body, server: Server) -> Job:
     """A body of vLLM's `/inference/v1/generate`."""
     params = _mapping(body, "sampling_params")
-    _require_known(body, "token_ids", "sampling_params")
+    _require_known(body, "model", "token_ids", "sampling_params")
     _require_known(params, *VLLM, "logprobs")
     ids = _ids(body.get("token_ids"), "token_ids", server)
     most = _most(params.get("max_tokens"), server.context, ids, server)
-    return _job(ids, params, most, "seed", server, params.get("logprobs") is not None)
+    return _job(ids, params, most, "seed", server, params.get("logprobs") is not None, _adapter(body, server))
 
 
 def completions(body: Body, server: Server) -> Job:
     """A body of `/v1/completions`; the prompt is token ids or text, and only one."""
-    _require_known(body, "prompt", *VLLM, "logprobs")
+    _require_known(body, "model", "prompt", *VLLM, "logprobs")
     prompt = body.get("prompt")
     ids = _ids(server.encode(prompt) if isinstance(prompt, str) else prompt, "prompt", server)
     most = _most(body.get("max_tokens"), 16, ids, server)
-    return _job(ids, body, most, "seed", server, body.get("logprobs") is not None)
+    return _job(ids, body, most, "seed", server, body.get("logprobs") is not None, _adapter(body, server))
 
 
 def sglang(body: Body, server: Server) -> Job:
     """A body of SGLang's `/generate`."""
     params = _mapping(body, "sampling_params")
-    _require_known(body, "text", "input_ids", "sampling_params", "return_logprob")
+    _require_known(body, "text", "input_ids", "sampling_params", "return_logprob", "lora_path")
     _require_known(params, "max_new_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", SG_SEED)
     text = body.get("text")
     ids = _ids(server.encode(text) if isinstance(text, str) else body.get("input_ids"), "input_ids", server)
     most = _most(params.get("max_new_tokens"), 128, ids, server)
-    job = _job(ids, params, most, SG_SEED, server, bool(body.get("return_logprob")))
+    job = _job(ids, params, most, SG_SEED, server, bool(body.get("return_logprob")), body.get("lora_path"))
     # There, ignore_eos switches all stop ids off.
-    return Job(ids, most, job.seed, job.sampling, frozenset(), job.logprobs) if params.get("ignore_eos") else job
+    return replace(job, stop_ids=frozenset()) if params.get("ignore_eos") else job
 
 
 VLLM = ("max_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos", "seed")
@@ -182,7 +183,29 @@ def sglang_reply(job: Job, answer: Answer, server: Server) -> dict[str, Any]:
     return {"text": server.decode(segment.tokens), "output_ids": segment.tokens, "meta_info": meta}
 
 
-def _job(ids: list[int], params: Body, max_tokens: Any, seed_key: str, server: Server, logprobs: bool) -> Job:
+def adapter_of(body: Body) -> tuple[str, str | None]:
+    """The name of an adapter and its folder, if that is said, in a body of `/load_lora_adapter` and its like."""
+    name, folder = body.get("lora_name"), body.get("lora_path")
+    if not isinstance(name, str) or not name or not isinstance(folder, str | None):
+        raise BadRequestError("lora_name must be a name, and lora_path a folder.")
+    return name, folder
+
+
+def _adapter(body: Body, server: Server) -> str | None:
+    """The adapter that a request to vLLM names; any other name is taken for one, too."""
+    name = body.get("model")
+    return None if name in (None, server.model) else str(name)
+
+
+def _job(
+    ids: list[int],
+    params: Body,
+    max_tokens: Any,
+    seed_key: str,
+    server: Server,
+    logprobs: bool,
+    adapter: str | None,
+) -> Job:
     if not isinstance(max_tokens, int) or max_tokens < 1:
         raise BadRequestError(f"max_tokens must be at least 1, got {max_tokens}.")
     if len(ids) + max_tokens > server.context:
@@ -210,6 +233,7 @@ def _job(ids: list[int], params: Body, max_tokens: Any, seed_key: str, server: S
         sampling,
         own if params.get("ignore_eos") else own | server.eos,
         logprobs,
+        adapter,
     )
 
 

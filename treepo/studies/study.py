@@ -178,7 +178,7 @@ def from_start(config: Config, seed: int, done: Results) -> tuple[str, ...]:
     if config.model.create is None:
         return ()
     (found,) = [result for cell, result in done.items() if (cell.stage, cell.seed) == (START, seed)]
-    model = {"path": found["model"], "dtype": config.model.dtype, "device": config.model.device}
+    model = config.model.model_dump(mode="json") | {"path": found["model"], "create": None}
     return (f"model={json.dumps(model)}", "warmup=null")
 
 
