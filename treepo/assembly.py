@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo import lora
 from treepo import model as causal_lm
@@ -66,17 +66,9 @@ def build_actor(
     if train_in is not None and config.model.lora is not None and not lora.adapted(model):
         # Before the engine starts, which may do so on what the adapter belongs to.
         causal_lm.stop_ids(model, tokenizer)
-        base = config.model.path
-        if base is None:
-            warm()
-            new, base = False, str((train_in / lora.BASE).absolute())
-            if processes.main:
-                with at_once(Path(base), "out must be a folder that this process can write to") as part:
-                    model.save_pretrained(part)
-                    tokenizer.save_pretrained(part)
-            processes.wait()
-        elif Path(base).expanduser().is_dir():
-            base = str(Path(base).expanduser().absolute())
+        warm()
+        new = False
+        base = _base(config.model.path, model, tokenizer, train_in, processes)
         lora.attach(model, config.model.lora, base, derive(config.seed, "adapter"))
     with ExitStack() as undo:
         runner = undo.enter_context(asyncio.Runner())
@@ -90,6 +82,22 @@ def build_actor(
         scorer = Scorer(task, config.scoring)
         undo.pop_all()  # the actor's from now on
     return Actor(task, tokenizer, model, engine, scorer, processes=processes, runner=runner)
+
+
+def _base(
+    path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, processes: Processes
+) -> str:
+    """Under which path others find the model that an adapter belongs to; one without a path is kept in the run."""
+    if path is not None:
+        folder = Path(path).expanduser()
+        return str(folder.absolute()) if folder.is_dir() else path
+    kept = (run / lora.BASE).absolute()
+    if processes.main:
+        with at_once(kept, "out must be a folder that this process can write to") as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    processes.wait()
+    return str(kept)
 
 
 def build_engine(config: Config, model: PreTrainedModel, processes: Processes) -> Engine:

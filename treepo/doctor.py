@@ -34,7 +34,7 @@ def examine() -> list[Finding]:
             found.append(Finding(name, "missing", f"pip install {name}"))
     if any(f.state == "missing" for f in found):
         return found
-    return [*found, _device(), _disk(), _scripted(), _local(), _server(), _rewards(), *_trackers()]
+    return [*found, _device(), _disk(), _scripted(), _local(), _server(), _adapters(), _rewards(), *_trackers()]
 
 
 def _device() -> Finding:
@@ -102,6 +102,12 @@ def _server() -> Finding:
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         return Finding("treepo serve", "missing", "optional: pip install 'treepo[serve]'")
     return Finding("treepo serve", "ok", "installed; engine.kind=server needs nothing but a server")
+
+
+def _adapters() -> Finding:
+    if find_spec("peft") is None:
+        return Finding("adapters", "missing", "optional: pip install 'treepo[lora]'")
+    return Finding("adapters", "ok", f"peft {metadata.version('peft')}")
 
 
 def _rewards() -> Finding:
