@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class VLLMEngine:
         """
         if self.llm is not None:
             return
+        # Every reload is a page of its log, and one of its progress bars. It reads this when it is imported.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -115,11 +118,12 @@ class VLLMEngine:
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
         }
         if cpu:
             # Of a prefill in parts it dies where requests have seeds: a CPU's generator cannot be set back.
             given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, 2048)}
-        log.info("engine: vLLM starts; this takes a while")
+        log.warning("engine: vLLM starts, which takes a while; VLLM_LOGGING_LEVEL=INFO shows what it does")
         try:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given | settings.args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
