@@ -190,6 +190,19 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(
         lora.restore(causal_lm.load(str(folder)), saved)
 
 
+@pytest.mark.parametrize("untied", [False, True], ids=["as it is", "untied"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["weights", "adapter"])
+def test_whoever_may_read_the_folder_may_read_the_weights(
+    policy: PreTrainedModel, tmp_path: Path, *, adapter: bool, untied: bool
+) -> None:
+    if not adapter:
+        lora.detach(policy)
+    policy.config.tie_word_embeddings = True
+    files = list(save(policy, tmp_path, 1, untied=untied).iterdir())
+    assert any(file.suffix == ".safetensors" for file in files)
+    assert len({file.stat().st_mode for file in files}) == 1
+
+
 def test_targets_that_the_model_does_not_have_are_refused(folder: Path) -> None:
     model = causal_lm.load(str(folder))
     with pytest.raises(ConfigError, match=r"model\.lora\.targets: .*query"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo import lora
+from treepo.engines.weights import share
 from treepo.errors import ConfigError
 
 
@@ -51,6 +52,7 @@ def save(
         tokenizer.save_pretrained(part)
         save_file(_flat(model, optimizer), part / "optimizer.safetensors")
         (part / "state.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
+        share(part)
         for file in part.iterdir():
             _sync(file)
         if final.exists():

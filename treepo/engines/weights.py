@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,9 +40,20 @@ def at_once(final: Path, remedy: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
+        share(part)
         with suppress(FileNotFoundError):
             shutil.rmtree(final)
         part.rename(final)
+
+
+def share(folder: Path) -> None:
+    """Let those read the safetensors in `folder` who may read the JSON beside them: servers may be somebody else's.
+
+    The library makes them its user's alone.
+    """
+    mode = stat.S_IMODE(next(folder.glob("*.json")).stat().st_mode)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _save_untied(model: PreTrainedModel, folder: Path) -> None:
