@@ -367,6 +367,10 @@ def test_rates_are_chosen_by_the_sweep_and_queries_by_tokens(config: Config) -> 
         "narrow, 4 leaves, 12 queries": 3e-3,
     }
     assert main["treepo, 6 queries"].trainer.prompts_per_step == 6 and main["treepo"].trainer.prompts_per_step == 4
+    half, narrow = main["grpo, 4 leaves, 8 queries"], main["narrow, 4 leaves, 12 queries"]
+    assert (half.sampler.mode, half.sampler.width, half.advantage.kind) == ("iid", 4, "grpo")
+    assert (narrow.sampler.mode, narrow.sampler.width, narrow.advantage.kind) == ("tree", 4, "treepo")
+    assert narrow.sampler.branching.every == 2 and narrow.trainer.prompts_per_step == 12
     assert all(r.model.path.startswith("m") and r.model.create is None and r.warmup is None for r in main.values())
     assert set(by_arm(done)) == set(main)
     assert from_start(changed(config, ["model={path: mine}", "warmup=null"]), 0, {}) == ()
