@@ -101,7 +101,6 @@ def test_json_round_trips_bit_for_bit(seed: int) -> None:
     assert again == tree and json.dumps(again.to_json()) == text
 
 
-@pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
 @pytest.mark.parametrize(
     ("rewards", "spread"),
     [([1.0, 0.0, 1.0], True), ([1.0, 1.0, 1.0], False), ([1.0, None, 0.0], True), ([1.0, None, 1.0], False)],
@@ -110,6 +109,7 @@ def test_a_reward_that_is_not_known_is_no_spread(rewards: list[float | None], *,
     assert Rollout("a", hand_drawn(), rewards).has_spread is spread
 
 
+@pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
 def test_rollout_files_round_trip_and_equal_rollouts_make_equal_files(tmp_path, name: str) -> None:
     rollouts = [rollout_of(grow_random(seed), seed, unscored=0.2) for seed in range(5)]
     rollouts.append(Rollout("e", hand_drawn(), [1.0, None, 0.0], {3: "reward timed out after 5 s"}))
