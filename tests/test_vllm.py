@@ -167,18 +167,24 @@ def test_new_weights_arrive_and_segments_say_which(serving: Serving) -> None:
     assert worst_error(serving, after) < 1e-4
 
 
-def test_weights_that_did_not_arrive_are_found(serving: Serving) -> None:
+def found_unsent(serving: Serving) -> str | None:
+    """What a probe says of a vLLM that answered rightly, after the model has moved and nobody told it."""
+
     async def ask() -> str | None:
         tree = probe_tree(serving.model)
         handle = await serving.engine.open(tree, SAMPLING, [])
         before = await probe(handle, tree, serving.model)
         assert mismatch(before, None, 1e-3) is None
-        serving.move()  # and nobody tells vLLM
+        serving.move()
         found = mismatch(await probe(handle, tree, serving.model), before, 1e-3)
         handle.close()
         return found
 
-    assert "ignored the update" in (serving.runner.run(ask()) or "")
+    return serving.runner.run(ask())
+
+
+def test_weights_that_did_not_arrive_are_found(serving: Serving) -> None:
+    assert "ignored the update" in (found_unsent(serving) or "")
     serving.runner.run(serving.engine.load_weights(4))
 
 
@@ -221,17 +227,7 @@ def test_an_adapter_arrives_alone_and_segments_say_which(adapted: Serving, tmp_p
 
 
 def test_an_adapter_that_did_not_arrive_is_found(adapted: Serving) -> None:
-    async def ask() -> str | None:
-        tree = probe_tree(adapted.model)
-        handle = await adapted.engine.open(tree, SAMPLING, [])
-        before = await probe(handle, tree, adapted.model)
-        assert mismatch(before, None, 1e-3) is None
-        adapted.move()  # and nobody tells vLLM
-        found = mismatch(await probe(handle, tree, adapted.model), before, 1e-3)
-        handle.close()
-        return found
-
-    assert "ignored the update" in (adapted.runner.run(ask()) or "")
+    assert "ignored the update" in (found_unsent(adapted) or "")
     adapted.runner.run(adapted.engine.load_weights(4))
 
 
