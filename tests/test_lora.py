@@ -469,12 +469,18 @@ def test_treepo_serve_has_one_adapter_at_a_time_and_answers_for_no_other(
                 GENERATE, token_ids=[1, 2], sampling_params=params, **({} if model is None else {"model": model})
             )
 
+        def listed() -> list[tuple[str, str | None]]:
+            models = httpx2.get(server.url + "/v1/models").json()["data"]
+            return [(model["id"], model["parent"]) for model in models]
+
+        assert listed() == [("tiny", None)]
         plain = tokens().json()["choices"][0]["token_ids"]
         assert tokens("tiny").json()["choices"][0]["token_ids"] == plain
         assert tokens("a").status_code == 404 and "`a` does not exist" in tokens("a").text
         assert post(LOAD, lora_name="a", lora_path=str(tmp_path)).status_code == 400
         assert post(LOAD, lora_name="a").status_code == post("/load_lora_adapter", lora_path="x").status_code == 400
         assert post(LOAD, lora_name="a", lora_path=str(saved)).text.startswith("Success")
+        assert listed() == [("tiny", None), ("a", "tiny")]
         adapted = tokens("a").json()
         assert adapted["choices"][0]["token_ids"] != plain and adapted["weight_version"] == "a"
         assert tokens().status_code == tokens("tiny").status_code == 404
@@ -483,6 +489,7 @@ def test_treepo_serve_has_one_adapter_at_a_time_and_answers_for_no_other(
         assert post("/generate", **body | {"lora_path": "a"}).json()["output_ids"] == adapted["choices"][0]["token_ids"]
         assert post("/v1/unload_lora_adapter", lora_name="b").status_code == 404
         assert post("/unload_lora_adapter", lora_name="a").json()["success"] is True
+        assert listed() == [("tiny", None)]
         assert tokens().json()["choices"][0]["token_ids"] == plain
         # Whole weights take the place of an adapter, and a load that fails leaves none.
         post(LOAD, lora_name="a", lora_path=str(saved))

@@ -180,7 +180,7 @@ def test_what_servers_cannot_do_is_refused(served, policy, tmp_path):
     [
         ({"/inference/v1/generate", "/v1/completions", "/collective_rpc"}, "vllm", CollectiveRPC),
         ({"/v1/completions", "/v1/chat/completions"}, "completions", None),
-        ({"/generate", "/update_weights_from_disk"}, "sglang", FromDisk),
+        ({"/v1/completions", "/generate", "/v1/models", "/update_weights_from_disk"}, "sglang", FromDisk),
         ({"/inference/v1/generate", "/generate", "/update_weights_from_disk"}, "vllm", FromDisk),
         ({"/api/chat"}, None, None),
     ],
@@ -191,7 +191,13 @@ def test_a_server_is_known_by_its_paths(paths, dialect, update):
     assert type(update_of(paths)) is (update or type(None))
 
 
-@pytest.mark.parametrize(("hidden", "path"), [(set(), "/generate"), ({"/get_model_info"}, "/v1/completions")])
+OLD, NEW = "/get_model_info", "/model_info"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "path"),
+    [(set(), "/generate"), ({OLD}, "/generate"), ({NEW}, "/generate"), ({OLD, NEW}, "/v1/completions")],
+)
 def test_a_server_that_hides_its_description_is_known_by_what_it_answers(folder, policy, tmp_path, hidden, path):
     missing = Response(status_code=404)
     with Served(folder, intercept=lambda p, _: missing if p in hidden | {"/openapi.json"} else None) as server:

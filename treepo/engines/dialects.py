@@ -190,7 +190,8 @@ class SGLang:
         return Reply(_ids(entry[1] for entry in entries), logprobs, kind, meta.get("weight_version"))
 
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (VLLMGenerate(), VLLMCompletions(), SGLang())}
+# The best first. SGLang has a /v1/completions, too, of which it cannot be said what its log-probs are under top-p.
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (VLLMGenerate(), SGLang(), VLLMCompletions())}
 
 
 def recognised(paths: Collection[str]) -> Dialect | None:

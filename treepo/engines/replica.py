@@ -139,8 +139,9 @@ class Replica:
         if response is not None:
             found = response.json().get("paths", {})
             return set(found)
-        # The description can be switched off. Only SGLang knows the first of these, and only vLLM the second.
-        if await self._get("/get_model_info") is not None:
+        # The description can be switched off. Only SGLang knows the first two of these, the second by its older name,
+        # and only vLLM the last.
+        if await self._get("/model_info") is not None or await self._get("/get_model_info") is not None:
             return {"/generate", "/update_weights_from_disk", "/load_lora_adapter"}
         return {"/v1/completions"} if await self._get("/version") is not None else set()
 

@@ -100,8 +100,9 @@ def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_ke
         "/update_weights_from_disk": (["POST"], update),
         "/flush_cache": (["GET", "POST"], plainly(flush)),
         "/reset_prefix_cache": (["POST"], plainly(flush)),
+        "/model_info": (["GET"], plainly(info)),
         "/get_model_info": (["GET"], plainly(info)),
-        "/v1/models": (["GET"], plainly(lambda: _reply(schemas.model_card(server)))),
+        "/v1/models": (["GET"], plainly(lambda: _reply(schemas.models(server, prefixes.adapter)))),
         "/version": (["GET"], plainly(lambda: _reply({"version": __version__}))),
         "/openapi.json": (["GET"], plainly(openapi)),
     }

@@ -281,10 +281,13 @@ def _usage(job: Job, answer: Answer) -> dict[str, Any]:
     }
 
 
-def model_card(server: Server) -> dict[str, Any]:
-    """The reply of `/v1/models`."""
-    card = {"id": server.model, "object": "model", "created": int(time.time()), "owned_by": "treepo"}
-    return {"object": "list", "data": [{**card, "root": server.model, "max_model_len": server.context}]}
+def models(server: Server, adapter: str | None) -> dict[str, Any]:
+    """The reply of `/v1/models`: the model, and after it the `adapter` that it has."""
+    card = {"object": "model", "created": int(time.time()), "owned_by": "treepo", "max_model_len": server.context}
+    cards = [{"id": server.model, **card, "root": server.model, "parent": None}]
+    if adapter is not None:
+        cards.append({"id": adapter, **card, "root": adapter, "parent": server.model})
+    return {"object": "list", "data": cards}
 
 
 def description(paths: Mapping[str, Collection[str]], version: str) -> dict[str, Any]:
