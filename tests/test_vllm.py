@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from treepo.config import changed
 from treepo.engines import Sampling
 from treepo.engines.probe import SAMPLING, mismatch, probe, probe_tree
 from treepo.engines.settings import VLLMSettings
+from treepo.engines.transfer import backend
 from treepo.errors import EngineError
 from treepo.lora import LoraSettings
 from treepo.sampler import Sampler, SamplerSettings
@@ -37,9 +39,11 @@ BLOCK = 32
 
 
 class Serving:
-    """A tied model with vLLM behind it, and the event loop that both belong to."""
+    """A model, tied if not said otherwise, with vLLM behind it, and the event loop that both belong to."""
 
-    def __init__(self, folder: Path, adapter: LoraSettings | None = None) -> None:
+    def __init__(
+        self, folder: Path, adapter: LoraSettings | None = None, *, tied: bool = True, device: str = "cpu", **more: Any
+    ) -> None:
         from treepo.engines.vllm import VLLMEngine
 
         torch.manual_seed(0)
@@ -52,17 +56,18 @@ class Serving:
             intermediate_size=256,
             max_position_embeddings=512,
             initializer_range=0.1,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             bos_token_id=None,
             eos_token_id=None,
         )
-        self.plain = Qwen2ForCausalLM(config).eval()
+        self.plain = Qwen2ForCausalLM(config).eval().to(device)
         self.model: PreTrainedModel = causal_lm.prepare(self.plain)
         if adapter is not None:
             self.model.save_pretrained(folder / "base")
             lora.attach(self.model, adapter, str(folder / "base"), seed=0)
         self.runner = asyncio.Runner()
-        self.engine = VLLMEngine(self.model, VLLMSettings(kind="vllm", enforce_eager=True), folder / "weights")
+        settings = VLLMSettings(kind="vllm", enforce_eager=True, **more)
+        self.engine = VLLMEngine(self.model, settings, folder / "weights")
 
     def grow(self, shape: SamplerSettings = SHAPE, seed: int = 0, prompts: int = 3) -> list[Tree]:
         sampler = Sampler(self.engine, shape, str, {7})
@@ -89,14 +94,14 @@ def worst_error(serving: Serving, trees: list[Tree], temperature: float = 1.0) -
     worst = 0.0
     for tree in trees:
         for leaf in tree.leaves():
-            ids = torch.tensor(tree.tokens(leaf))
-            positions = torch.arange(len(ids))[None]
+            ids = torch.tensor(tree.tokens(leaf), device=serving.model.device)
+            positions = torch.arange(len(ids), device=ids.device)[None]
             with torch.no_grad():
                 states = causal_lm.hidden(serving.model, ids[None], positions, causal_lm.Causal())[0]
                 expected = (causal_lm.logits(serving.model, states) / temperature).log_softmax(-1)
             first = len(tree.prompt)
             found = torch.tensor([x for node in tree.path(leaf)[1:] for x in tree.nodes[node].logprobs])
-            wanted = expected[first - 1 : -1].gather(1, ids[first:, None])[:, 0]
+            wanted = expected[first - 1 : -1].gather(1, ids[first:, None])[:, 0].cpu()
             worst = max(worst, float((found - wanted).abs().max()))
     return worst
 
@@ -240,6 +245,66 @@ def test_an_adapter_that_vllm_cannot_read_ends_the_update(adapted: Serving) -> N
         lora.settings_of(adapted.model).use_dora = False
     adapted.runner.run(adapted.engine.load_weights(6))
     assert worst_error(adapted, adapted.grow()) < 1e-4
+
+
+# vLLM's own transfer -------------------------------------------------------------------------------------------------
+
+
+def arrived(serving: Serving, version: int, versions_left: list[str]) -> bool:
+    """Whether a moved model's weights are those that vLLM decodes with, and only `versions_left` are in the folder."""
+    serving.move()
+    serving.runner.run(serving.engine.load_weights(version))
+    folder = serving.engine._folder
+    left = sorted(path.name for path in folder.iterdir())
+    return worst_error(serving, serving.grow()) < 1e-4 and left == versions_left
+
+
+def test_weights_go_by_vllms_transfer_and_through_the_folder_where_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import handed
+
+    from treepo.engines import vllm as engine
+
+    how = handed.Handing(tmp_path, rank=0)
+    monkeypatch.setattr(engine, "backend", lambda *_: how)
+    serving = Serving(tmp_path, tied=False, args={"worker_extension_cls": "handed.Extension"})
+    try:
+        assert worst_error(serving, serving.grow()) < 1e-4 and how.calls == []
+        assert arrived(serving, 1, []) and arrived(serving, 2, []) and how.calls == ["sent", "sent"]
+        how.amiss = "lost"
+        assert arrived(serving, 3, ["version-000003"]), "the probe found it out"
+        assert "ignored the update" in caplog.text and "from now on" in caplog.text
+        assert arrived(serving, 4, ["version-000004"]) and how.calls == ["sent", "sent", "lost"]
+        serving.engine._transfer = engine.Transfer(serving.engine.llm, serving.model, how)
+        how.amiss = "refused"
+        assert arrived(serving, 5, ["version-000005"])
+        assert "weights.safetensors" in caplog.text, "the warning says what vLLM said"
+    finally:
+        serving.runner.run(serving.engine.close())
+        serving.runner.close()
+
+
+def test_a_folder_is_used_where_no_gpu_is_shared(serving: Serving) -> None:
+    assert backend(serving.model, serving.engine._settings) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_weights_go_from_gpu_memory_to_vllm(tmp_path: Path) -> None:
+    serving = Serving(tmp_path, device="cuda", tolerance=0.2)
+    try:
+        serving.grow()
+        for version in (1, 2):
+            serving.move()
+            serving.runner.run(serving.engine.load_weights(version))
+            assert serving.engine._transfer is not None and not list(serving.engine._folder.iterdir())
+            assert worst_error(serving, serving.grow()) < 0.05
+        folder = serving.engine._settings.model_copy(update={"transfer": "folder"})
+        assert backend(serving.model, folder) is None
+    finally:
+        serving.runner.run(serving.engine.close())
+        serving.runner.close()
 
 
 @pytest.mark.parametrize("adapter", ["null", "{rank: 8}"])

@@ -98,6 +98,11 @@ class VLLMSettings(Settings):
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model.")
     enforce_eager: bool = Field(False, description="Start faster, without compiling or CUDA graphs, and decode slower.")
     args: dict[str, Any] = Field({}, description="Anything else that vLLM's AsyncEngineArgs take, as they call it.")
+    transfer: Literal["auto", "folder"] = Field(
+        "auto",
+        description="How vLLM gets new weights. auto: on the GPU that it shares with the model, if it does (one "
+        "process, no adapter, one GPU for decoding), else through weights_dir; folder: always that way.",
+    )
     weights_dir: str | None = Field(
         None, description="Folder through which vLLM gets new weights; default: `weights` in the run's folder."
     )

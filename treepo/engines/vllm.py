@@ -1,7 +1,8 @@
 """vLLM in this process: its AsyncLLM, token ids in and out, weights or an adapter loaded after every update.
 
 vLLM keeps key-values of whole blocks of a prefix, whoever computed them: siblings, later segments and fallbacks reuse
-them without our doing. Weights go through a folder, and a probe (`engines.probe`) shows that they have arrived.
+them without our doing. Weights go by vLLM's own transfer (`engines.transfer`) or through a folder, and a probe
+(`engines.probe`) shows that they have arrived.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from treepo.engines import Sampling, Segment
 from treepo.engines.dialects import Ask, Reply, checked, require_answerable, vllm_sampling
 from treepo.engines.probe import SAMPLING, Probe, mismatch, probe, probe_tree
 from treepo.engines.settings import VLLMSettings
+from treepo.engines.transfer import Transfer, backend
 from treepo.engines.weights import save
 from treepo.errors import ConfigError, EngineError
 from treepo.tree import Tree
@@ -71,6 +73,7 @@ class VLLMEngine:
         self._weights: Path | None = None  # where vLLM has read them last
         self._adapter: Any = None  # vLLM's LoRARequest, if those are an adapter
         self._adapters = count(1)
+        self._transfer: Transfer | None = None  # None: weights go through `folder`
         self.llm: Any = None  # vLLM's AsyncLLM, once it was started
         self._handles: set[VLLMHandle] = set()
         self._numbers = count()
@@ -101,6 +104,10 @@ class VLLMEngine:
                 f"engine.kind=vllm: vLLM cannot be imported ({error}): `make venv-vllm`, or `pip install vllm` in an "
                 "environment of its own with treepo"
             ) from error
+        how = backend(self._model, self._settings)
+        if how is not None:
+            # The handles of memory on a GPU are no plain data. They go to vLLM's own process, and to no other.
+            os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         cpu = current_platform.is_cpu()
         # On CPUs vLLM's own default of 128 recomputes more than it saves at segments of 64.
         self.granularity = self._settings.block_tokens or (32 if cpu else 16)
@@ -119,6 +126,7 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            "weight_transfer_config": None if how is None else {"backend": how.backend},
         }
         if cpu:
             # Of a prefill in parts it dies where requests have seeds: a CPU's generator cannot be set back.
@@ -128,6 +136,7 @@ class VLLMEngine:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**given | settings.args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"engine.kind=vllm: vLLM does not start: {error}") from error
+        self._transfer = None if how is None else Transfer(self.llm, self._model, how)
 
     async def open(
         self,
@@ -204,23 +213,39 @@ class VLLMEngine:
                 before = found
                 await self._reload()
                 found = await self._probe()
-            if why := mismatch(found, before, tolerance):
+            why = mismatch(found, before, tolerance)
+            if why and self._transfer is not None:
+                self._send_no_more(why)
+                await self._reload()
+                why = mismatch(await self._probe(), before, tolerance)
+            if why:
                 raise EngineError(f"vLLM, version {self.version} of the weights: {why}")
             self._holds = self.version
 
     async def _reload(self) -> None:
-        old, self._weights = self._weights, self._save()
-        try:
-            if lora.adapted(self._model):
-                await self._load_adapter(self._weights)
-            else:
-                await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
-        except Exception as error:  # whatever a worker raised arrives as a bare Exception
-            raise EngineError(f"vLLM cannot load version {self.version} of the weights: {error}") from error
+        old, self._weights = self._weights, None
+        if self._transfer is not None:
+            try:
+                await self._transfer.send()
+            except EngineError as error:
+                self._send_no_more(str(error))
+        if self._transfer is None:
+            self._weights = self._save()
+            try:
+                if lora.adapted(self._model):
+                    await self._load_adapter(self._weights)
+                else:
+                    await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
+            except Exception as error:  # whatever a worker raised arrives as a bare Exception
+                raise EngineError(f"vLLM cannot load version {self.version} of the weights: {error}") from error
         if not await self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its prefix cache after an update: requests are still under way")
         if old is not None and old != self._weights:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _send_no_more(self, why: str) -> None:
+        self._transfer = None
+        log.warning("vLLM's own transfer of weights failed (%s): they go through %s from now on", why, self._folder)
 
     async def _load_adapter(self, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
