@@ -36,7 +36,7 @@ from treepo.forest import Forest, Ints
 from treepo.gradient import accumulate
 from treepo.loss import LossSettings, policy_loss
 from treepo.packing import PackedBatch, bins, fold, pack
-from treepo.pieces import most_held, pieces
+from treepo.pieces import pieces, tokens_held
 from treepo.tree import ROOT, Rollout, Stop, Tree
 
 MICRO_BATCHES = (1, 4, 16)
@@ -119,7 +119,7 @@ def _compare(
         "whole_memory_ratio": peak["whole"] / peak["flat"],
         "micro_batch": micro,
         "max_tokens": budget,
-        "most_held": max(map(most_held, cut)),
+        "most_held": max(int(tokens_held(found).max()) for found in cut),
         "pieces": sum(map(len, cut)),
         "packed_s": seconds["packed"],
         "flat_s": seconds["flat"],

@@ -18,7 +18,7 @@ from treepo.forest import Forest
 from treepo.gradient import accumulate
 from treepo.loss import LossSettings
 from treepo.packing import PackedBatch, fold, pack
-from treepo.pieces import Piece, most_held, pieces
+from treepo.pieces import Piece, pieces, tokens_held
 from treepo.tree import Rollout, Stop, Tree
 
 
@@ -57,7 +57,7 @@ def test_pieces_are_a_partition_in_which_each_row_sees_what_it_saw(seed: int, ma
         assert (piece.end <= len(own)).all()
         assert all(piece.begin <= batch.prev[t] < piece.stop for t in piece.targets)
     longest = int(batch.position.max()) + 1
-    assert most_held(cut) <= max(max_tokens, longest)
+    assert int(tokens_held(cut).max()) <= max(max_tokens, longest)
     if len(batch) <= max_tokens:
         assert len(cut) == 1
 
@@ -84,7 +84,7 @@ def test_the_tree_drawn_by_hand() -> None:
     assert spans(6) == [(0, 2, -1), (2, 4, 0), (4, 6, 1), (6, 7, 1), (7, 10, 0)]
     assert spans(1) == [(0, 2, -1), (2, 4, 0), (4, 6, 1), (6, 7, 1), (7, 9, 0), (9, 10, 0)]
     assert [piece.targets.tolist() for piece in pieces(batch, 6)] == [[2, 7, 9], [3, 4, 6], [5], [], [8]]
-    assert [most_held(pieces(batch, n)) for n in (10, 9, 7, 6, 1)] == [10, 9, 7, 6, 6]
+    assert [int(tokens_held(pieces(batch, n)).max()) for n in (10, 9, 7, 6, 1)] == [10, 9, 7, 6, 6]
     with pytest.raises(ValueError, match="max_tokens"):
         pieces(batch, 0)
 
@@ -145,5 +145,5 @@ def test_no_more_pieces_wait_for_their_backward_pass_than_promised(random_tree: 
         return logprob.sum()
 
     accumulate(case.model, case.batch, loss, max_tokens=12)
-    assert max(held) == most_held(cut) < len(case.batch) / 2
+    assert max(held) == int(tokens_held(cut).max()) < len(case.batch) / 2
     assert not waiting

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -16,7 +16,7 @@ from treepo.attention import Plan, PlanName, plan_for
 from treepo.forest import Ints
 from treepo.model import hidden, token_logprobs
 from treepo.packing import PackedBatch
-from treepo.pieces import Piece, most_held, pieces
+from treepo.pieces import Piece, pieces, tokens_held
 
 Loss = Callable[[Ints, Tensor, Tensor], Tensor]
 """A scalar, to be summed, of trained rows [n], their log-probs [n] and the entropies [n] there (no gradient)."""
@@ -42,38 +42,27 @@ def accumulate(
     `loss` is called once per piece with a disjoint part of the trained rows. `forward()` is entered for forward passes
     alone: the place for autocast.
     """
-    held: list[_Held] = []
+    held: list[tuple[int, Tensor]] = []  # pieces whose forward pass is done, and their losses
     cut = pieces(batch, max_tokens)
-    parents = {piece.parent for piece in cut}
-    stack = _Stack(most_held(cut))
+    tokens, parents = tokens_held(cut), {piece.parent for piece in cut}
+    stack = _Stack(int(tokens.max()))
     for i, piece in enumerate(cut):
-        while held and held[-1].index != piece.parent:
-            held.pop().value.backward()  # type: ignore[no-untyped-call]
-        past = held[-1].end if held else 0
+        while held and held[-1][0] != piece.parent:
+            held.pop()[1].backward()  # type: ignore[no-untyped-call]
+        past = int(tokens[piece.parent]) if held else 0
         inner = plan_for(piece.prev, piece.end, past, name=plan, device=model.device)
         if i == 0:
             first = inner
         with forward():
-            value = _score(
-                model, batch, piece, inner if len(cut) == 1 else _OnStack(inner, stack, past), loss, temperature
-            )
-        this = _Held(i, past + piece.stop - piece.begin, value)
+            on_stack = inner if len(cut) == 1 else _OnStack(inner, stack, past, awaited=i in parents)
+            value = _score(model, batch, piece, on_stack, loss, temperature)
         if i in parents:
-            held.append(this)
+            held.append((i, value))
         else:
-            this.value.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]
     while held:
-        held.pop().value.backward()  # type: ignore[no-untyped-call]
+        held.pop()[1].backward()  # type: ignore[no-untyped-call]
     return first
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """A piece whose forward pass is done."""
-
-    index: int
-    end: int  # tokens held by it and the pieces above
-    value: Tensor
 
 
 def _score(
@@ -94,12 +83,13 @@ class _Stack:
 
     Pieces come and go depth first: what lies below a piece's end is its own and its ancestors' until its backward pass
     is done, and what is above is anyone's. So all share one allocation, and nothing is copied to be seen from below.
+    Gradients are owed to no more than the pieces that something was computed below, and are given up with them.
     """
 
     def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
+        self._tokens = tokens  # the most on it at once
         self._values: dict[tuple[int, int], Tensor] = {}  # by (layer, 0: keys, 1: values): [1, K, tokens, d]
-        self._owed: dict[tuple[int, int], Tensor] = {}
+        self._owed: dict[tuple[int, int], Tensor] = {}  # by the same: [1, K, as many as are owed any, d]
 
     def push(self, name: tuple[int, int], begin: int, own: Tensor) -> Tensor:
         """Put `own` [1, K, t, d] at `begin`; returns [1, K, begin + t, d], which begins with the ancestors'."""
@@ -110,14 +100,19 @@ class _Stack:
         whole[:, :, begin:] = own
         return whole
 
-    def pop(self, name: tuple[int, int], begin: int, gradient: Tensor) -> Tensor:
-        """The inverse for gradients: keeps what is the ancestors', and returns `own`'s, with what it was owed."""
-        if name not in self._owed:
-            self._owed[name] = torch.zeros_like(self._values[name])
-        owed = self._owed[name][:, :, : gradient.shape[2]]
-        owed += gradient
-        own = owed[:, :, begin:].clone()
-        owed[:, :, begin:] = 0
+    def pop(self, name: tuple[int, int], begin: int, gradient: Tensor, *, awaited: bool) -> Tensor:
+        """The inverse for gradients: keeps what is the ancestors', and returns `own`'s, with what it was owed.
+
+        `awaited`: something hangs off `own`, which therefore is owed something.
+        """
+        owed = self._owed.get(name, gradient[:, :, :0])
+        if owed.shape[2] < begin:
+            owed = self._owed[name] = F.pad(owed, (0, 0, 0, begin - owed.shape[2]))
+        owed[:, :, :begin] += gradient[:, :, :begin]
+        own = gradient[:, :, begin:]
+        if awaited:
+            own = own + owed[:, :, begin:]
+            self._owed[name] = owed[:, :, :begin].clone()
         return own
 
 
@@ -125,23 +120,23 @@ class _Push(torch.autograd.Function):
     """`_Stack.push` with `_Stack.pop` as its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, stack: _Stack, name: tuple[int, int], begin: int) -> Tensor:
-        ctx.stack, ctx.name, ctx.begin = stack, name, begin
+    def forward(ctx: Any, own: Tensor, stack: _Stack, name: tuple[int, int], begin: int, awaited: bool) -> Tensor:
+        ctx.stack, ctx.name, ctx.begin, ctx.awaited = stack, name, begin, awaited
         return stack.push(name, begin, own)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.stack.pop(ctx.name, ctx.begin, gradients[0]), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return ctx.stack.pop(ctx.name, ctx.begin, gradients[0], awaited=ctx.awaited), None, None, None, None
 
 
 class _OnStack:
     """The plan of a piece: it sees the keys and values of the pieces above in front of its own."""
 
-    def __init__(self, inner: Plan, stack: _Stack, begin: int) -> None:
-        self._inner, self._stack, self._begin = inner, stack, begin
+    def __init__(self, inner: Plan, stack: _Stack, begin: int, *, awaited: bool) -> None:
+        self._inner, self._stack, self._begin, self._awaited = inner, stack, begin, awaited
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         push: Callable[..., Tensor] = _Push.apply
-        k, v = (push(x, self._stack, (layer, i), self._begin) for i, x in enumerate((k, v)))
+        k, v = (push(x, self._stack, (layer, i), self._begin, self._awaited) for i, x in enumerate((k, v)))
         return self._inner.attend(layer, q, k, v, scale)

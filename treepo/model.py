@@ -261,7 +261,7 @@ def token_logprobs(
         scores = scores if scores.dtype == torch.float64 else scores.float()
         scores = scores if temperature == 1.0 else scores / temperature
         if len(entropies) < len(chunks):  # once, not again in the backward pass
-            entropies.append(torch.special.entr(scores.detach().softmax(-1)).sum(-1))
+            entropies.append(_entropy(scores.detach()))
         return -F.cross_entropy(scores, token_ids, reduction="none")
 
     found = [
@@ -271,6 +271,13 @@ def token_logprobs(
         for part in chunks
     ]
     return torch.cat(found), torch.cat(entropies)
+
+
+def _entropy(scores: Tensor) -> Tensor:
+    """Entropies [n] of the distributions whose logits are `scores` [n, vocabulary]; one copy of them at a time."""
+    chances = scores.softmax(-1)
+    torch.special.entr(chances, out=chances)
+    return chances.sum(-1)
 
 
 def context(model: PreTrainedModel) -> int:

@@ -97,9 +97,9 @@ def _piece(batch: PackedBatch, begin: int, stop: int, parent: int) -> Piece:
     )
 
 
-def most_held(cut: Sequence[Piece]) -> int:
-    """Most tokens that a pass over the pieces holds at once."""
+def tokens_held(cut: Sequence[Piece]) -> Ints:
+    """Tokens [pieces] that a pass over the pieces holds with each of them: its own, and those of what it hangs off."""
     held = np.zeros(len(cut), np.int64)
     for i, piece in enumerate(cut):
         held[i] = piece.stop - piece.begin + (held[piece.parent] if piece.parent >= 0 else 0)
-    return int(held.max())
+    return held
