@@ -63,6 +63,7 @@ ORDER = [
     "engines.replica",
     "engines.weights",
     "engines.server",
+    "engines.transfer",
     "engines.vllm",
     "policies",
     "policies.own",
