@@ -12,33 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
-import torch
-from small_runs import character_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_runs import save_model
 
 
 def save_servable(folder: Path) -> Path:
     """A model with random weights and heads of 64, and a tokenizer."""
-    special = {"eos_token": "<eos>"}
-    tokenizer = character_tokenizer(**special)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        intermediate_size=256,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "head_dim": 64, "intermediate_size": 256}
+    return save_model(folder, context=256, initializer_range=0.1, **sizes)
 
 
 @contextmanager

@@ -56,20 +56,16 @@ def save_model(folder: Path, family: str = "llama", *, eos: bool = True, context
     tokenizer = character_tokenizer(**({"eos_token": "<eos>"} if eos else {}))
     shape, model = FAMILIES[family]
     torch.manual_seed(0)
-    config = shape(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        intermediate_size=32,
-        max_position_embeddings=context,
-        bos_token_id=None,
-        eos_token_id=0 if eos else None,
-        pad_token_id=None,
-        **more,
-    )
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "intermediate_size": 32,
+    }
+    ids = {"bos_token_id": None, "eos_token_id": 0 if eos else None, "pad_token_id": None}
+    config = shape(vocab_size=len(tokenizer), max_position_embeddings=context, **ids, **sizes | more)
     model(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

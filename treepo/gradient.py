@@ -54,8 +54,8 @@ def accumulate(
         if i == 0:
             first = inner
         with forward():
-            on_stack = inner if len(cut) == 1 else _OnStack(inner, stack, past, awaited=i in parents)
-            value = _score(model, batch, piece, on_stack, loss, temperature)
+            outer = inner if len(cut) == 1 else _OnStack(inner, stack, past, awaited=i in parents)
+            value = _score(model, batch, piece, outer, loss, temperature)
         if i in parents:
             held.append((i, value))
         else:

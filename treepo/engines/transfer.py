@@ -20,7 +20,7 @@ from treepo.errors import EngineError
 
 def backend(model: PreTrainedModel, settings: VLLMSettings) -> Any:
     """How the weights of `model` reach a vLLM with `settings` (a `TrainerInitInfo`); None: through a folder."""
-    shared = model.device.type == "cuda" and settings.tensor_parallel_size == 1 and not several_processes()
+    shared = model.device.type == "cuda" and settings.tensor_parallel_size == 1 and not _several_processes()
     if settings.transfer == "folder" or not shared or lora.adapted(model):
         return None
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -28,7 +28,7 @@ def backend(model: PreTrainedModel, settings: VLLMSettings) -> Any:
     return IPCTrainerInitInfo(rank=0, packed=True)  # packed: a buffer at a time
 
 
-def several_processes() -> bool:
+def _several_processes() -> bool:
     """Whether others train, too: they would have to send at the same time, each to a vLLM on its own GPU."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
