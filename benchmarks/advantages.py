@@ -12,14 +12,14 @@ import time
 from random import Random
 
 from benchmarks import report
-from treepo.advantages import GRPO, RLOO, SPO, Estimator, TreeGRPO, TreePO, TreePOSegment, TreeRL, advantages
+from treepo.advantages import GRPO, RLOO, SPO, Estimator, TreeGRPO, TreePO, TreePOSegment, TreeRL
 from treepo.forest import Forest
-from treepo.tree import ROOT, Rollout, Stop, Tree
+from treepo.tree import ROOT, ScoredTree, Stop, Tree
 
 WIDTH, DEPTH, SEGMENT = 16, 14, 8
 
 
-def tree(seed: int) -> Rollout:
+def tree(seed: int) -> ScoredTree:
     """Doubling from the root until 16 paths, all of them 14 segments deep; random 0 / 1 rewards."""
     rng = Random(seed)
     grown = Tree([1] * 32)
@@ -32,7 +32,7 @@ def tree(seed: int) -> Rollout:
             for node in active
             for _ in range(children)
         ]
-    return Rollout(str(seed), grown, [float(rng.random() < 0.5) for _ in active])
+    return ScoredTree(str(seed), grown, [float(rng.random() < 0.5) for _ in active])
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
             start = time.process_time()
             forest = Forest.of(rollouts)
             laid = time.process_time()
-            advantages(estimator, forest)
+            estimator(forest)
             laying.append(laid - start)
             whole.append(time.process_time() - start)
         results.append(

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from treepo.forest import Forest
-from treepo.loss import LossSettings, policy_loss
-from treepo.model import prepare, token_logprobs
-from treepo.tree import Rollout
+from treepo.learner.loss import LossSettings, policy_loss
+from treepo.models.causal_lm import prepare, token_logprobs
+from treepo.tree import ScoredTree
 
 VOCABULARY = 512
 
@@ -38,7 +38,7 @@ def new_model(hidden: int, layers: int) -> PreTrainedModel:
 class FlatRows:
     """One row per leaf, longest first: the trajectory as any other library would train on it."""
 
-    def __init__(self, rollouts: Sequence[Rollout], forest: Forest, advantage: np.ndarray) -> None:
+    def __init__(self, rollouts: Sequence[ScoredTree], forest: Forest, advantage: np.ndarray) -> None:
         self.rows = []  # (token ids of the path, prompt length, advantages of the response)
         for row, (t, node) in enumerate(zip(forest.tree, forest.leaf, strict=True)):
             tree = rollouts[t].tree

@@ -33,11 +33,11 @@ from transformers import PreTrainedModel
 from benchmarks import report
 from benchmarks.flat import VOCABULARY, FlatRows, new_model
 from treepo.forest import Forest, Ints
-from treepo.gradient import accumulate
-from treepo.loss import LossSettings, policy_loss
-from treepo.packing import PackedBatch, bins, fold, pack
-from treepo.pieces import pieces, tokens_held
-from treepo.tree import ROOT, Rollout, Stop, Tree
+from treepo.learner.gradient import accumulate
+from treepo.learner.loss import LossSettings, policy_loss
+from treepo.learner.packing import PackedBatch, bins, fold, pack
+from treepo.learner.row_pieces import pieces, tokens_held
+from treepo.tree import ROOT, ScoredTree, Stop, Tree
 
 MICRO_BATCHES = (1, 4, 16)
 COLUMNS = (
@@ -70,7 +70,7 @@ def _compare(
     repeats: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    rollouts = [Rollout(str(t), tree, [0.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
+    rollouts = [ScoredTree(str(t), tree, [0.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
     forest = Forest.of(rollouts)
     advantage = rng.standard_normal(forest.path.shape)
     folded, every = fold(forest, advantage), range(len(rollouts))

@@ -24,11 +24,11 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import report
-from treepo import model as causal_lm
 from treepo.engines import Sampling
-from treepo.engines.batch import Stats
-from treepo.engines.local import LocalEngine
+from treepo.engines.local.batch import Stats
+from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
+from treepo.models import causal_lm
 from treepo.seeds import derive
 from treepo.tree import ROOT, Stop, Tree
 

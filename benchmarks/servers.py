@@ -25,10 +25,10 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import report
-from treepo import model as causal_lm
 from treepo.engines.scripted import ScriptedEngine, random_reply
 from treepo.engines.settings import VLLMSettings
-from treepo.engines.vllm import Stats, VLLMEngine
+from treepo.engines.vllm.engine import Stats, VLLMEngine
+from treepo.models import causal_lm
 from treepo.policies.branching import LevelBudget
 from treepo.policies.stopping import EarlyStop
 from treepo.sampler import Sampler, SamplerSettings

@@ -26,16 +26,16 @@ from transformers import PreTrainedModel
 
 from benchmarks import report
 from benchmarks.flat import VOCABULARY, FlatRows, new_model
-from treepo.advantages import GRPO, TreePO, advantages
-from treepo.engines.local import LocalEngine
+from treepo.advantages import GRPO, TreePO
+from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
 from treepo.forest import Forest, Ints
-from treepo.gradient import accumulate
-from treepo.loss import LossSettings, policy_loss
-from treepo.packing import PackedBatch, bins, fold, pack
+from treepo.learner.gradient import accumulate
+from treepo.learner.loss import LossSettings, policy_loss
+from treepo.learner.packing import PackedBatch, bins, fold, pack
 from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
-from treepo.tree import Rollout, Tree
+from treepo.tree import ScoredTree, Tree
 
 LEAVES = 16
 LEVELS = 8
@@ -122,11 +122,11 @@ def _row(name: str, grpo: dict[str, float], tree: dict[str, float]) -> dict[str,
     }
 
 
-def _sample(model: PreTrainedModel, settings: SamplerSettings, prompts: Sequence[list[int]]) -> list[Rollout]:
+def _sample(model: PreTrainedModel, settings: SamplerSettings, prompts: Sequence[list[int]]) -> list[ScoredTree]:
     engine = LocalEngine(model, LocalSettings(slots=len(prompts) * LEAVES))
     sampler = Sampler(engine, settings, str, ())  # nothing stops a response early
     trees = sampler.sample([(str(i), prompt) for i, prompt in enumerate(prompts)], seed=0)
-    return [Rollout(tree.key, tree, [_reward(tree, leaf) for leaf in tree.leaves()]) for tree in trees]
+    return [ScoredTree(tree.key, tree, [_reward(tree, leaf) for leaf in tree.leaves()]) for tree in trees]
 
 
 def _reward(tree: Tree, leaf: int) -> float:
@@ -141,7 +141,7 @@ def _tree_step(
     rollouts = _sample(model, settings, prompts)
     clock.lap("sample")
     forest = Forest.of(rollouts)
-    folded = fold(forest, advantages(TreePO(), forest))
+    folded = fold(forest, TreePO()(forest))
     rows = bins(rollouts, forest, folded, range(len(rollouts)), max_tokens)
     batches = [pack(rollouts, forest, folded, which) for which in rows]
     total = sum(float(batch.weight.sum()) for batch in batches)
@@ -167,7 +167,7 @@ def _grpo_step(
     rollouts = _sample(model, settings, prompts)
     clock.lap("sample")
     forest = Forest.of(rollouts)
-    flat = FlatRows(rollouts, forest, advantages(GRPO(), forest))
+    flat = FlatRows(rollouts, forest, GRPO()(forest))
     clock.lap("rest")
     flat.step(plain, micro)
     optimizer.step()
@@ -176,13 +176,13 @@ def _grpo_step(
     return clock.laps | _sizes(rollouts) | {"unique": float(flat.tokens)}
 
 
-def _fastest_micro_batch(plain: PreTrainedModel, rollouts: Sequence[Rollout]) -> int:
+def _fastest_micro_batch(plain: PreTrainedModel, rollouts: Sequence[ScoredTree]) -> int:
     forest = Forest.of(rollouts)
     flat = FlatRows(rollouts[:2], Forest.of(rollouts[:2]), np.ones((2 * LEAVES, forest.path.shape[1])))
     return report.fastest((1, 4, 16), lambda n: flat.step(plain, n))
 
 
-def _sizes(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _sizes(rollouts: Sequence[ScoredTree]) -> dict[str, float]:
     flat = sum(r.tree.flat_tokens for r in rollouts)
     return {
         "decoded": float(sum(r.tree.unique_tokens for r in rollouts)),

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from treepo.config import Config
+from treepo.run.config import Config
 from treepo.studies import STUDIES, find
 
 PAGE = Path(__file__).with_name("configuration.md")

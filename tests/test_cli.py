@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import grow_random, rollout_of
 from rich.console import Console
-from small_runs import save_model, save_questions, small_config, write_config
-from test_scoring import gone
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import treepo
+from tests.support.random_trees import grow_random, rollout_of
+from tests.support.small_runs import save_model, save_questions, small_config, write_config
+from tests.tasks.test_scoring import gone
 from treepo.cli import app, main
-from treepo.config import load
 from treepo.report.console import Growing
-from treepo.trainer import Trainer
-from treepo.tree import read_rollouts
+from treepo.run.config import load
+from treepo.run.trainer import Trainer
+from treepo.tree import read_trees
 
 ROOT = Path(__file__).parents[1]
 DATASET = str(ROOT / "configs" / "dataset.yaml")
@@ -100,7 +100,7 @@ def test_a_users_own_model_and_questions_train_sample_and_evaluate(family: str, 
     assert result.exit_code == 0, result.output
     newest = tmp_path / "run" / "checkpoints" / "step-000002"
     assert (newest / "model.safetensors").is_file() and (tmp_path / "run" / "curve.png").is_file()
-    assert len(list(read_rollouts(tmp_path / "run" / "trees" / "step-000002.jsonl.gz"))) == 2
+    assert len(list(read_trees(tmp_path / "run" / "trees" / "step-000002.jsonl.gz"))) == 2
 
     out, svg = tmp_path / "trees.jsonl", tmp_path / "trees.svg"
     result = run(
@@ -108,7 +108,7 @@ def test_a_users_own_model_and_questions_train_sample_and_evaluate(family: str, 
     )
     assert result.exit_code == 0, result.output
     assert "2 trees" in result.output and "├──" in result.output and "<svg" in svg.read_text()
-    rollouts = list(read_rollouts(out))
+    rollouts = list(read_trees(out))
     assert len(rollouts) == 2 and all(len(r.tree.leaves()) == 4 for r in rollouts)
 
     result = run("eval", tmp_path / "run", "evaluate.samples=2", "--json")
@@ -128,7 +128,7 @@ def test_trees_are_shown_and_written_as_they_finish(finished_run: Path, tmp_path
         result = run("sample", finished_run, "--problems", 3, "--out", tmp_path / name, "--draw", 0)
         rows = [line.split("  ") for line in result.output.splitlines() if re.match(r"\d/3", line)]
         assert [row[0] for row in rows] == ["1/3", "2/3", "3/3"]
-        rollouts = list(read_rollouts(tmp_path / name))
+        rollouts = list(read_trees(tmp_path / name))
         assert [row[1] for row in rows] == [f"problem {rollout.problem_id}" for rollout in rollouts]
         assert sorted(rollout.problem_id for rollout in rollouts) == ["test-0", "test-1", "test-2"]
         assert result.output.index("3/3") < result.output.index("3 trees")
@@ -179,7 +179,7 @@ def test_a_sampling_that_is_killed_keeps_what_was_finished_and_leaves_no_process
         assert process.stdout.readline().startswith("1/3")
         process.send_signal(how)
     assert process.returncode != 0
-    (rollout,) = read_rollouts(out)
+    (rollout,) = read_trees(out)
     assert None not in rollout.rewards and len(rollout.rewards) == 4
     assert all(gone(int(worker)) for worker in set((tmp_path / "workers").read_text().split()))
 
@@ -218,7 +218,7 @@ def test_a_reward_of_ones_own_is_named_by_module_and_function(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     result = run("train", DATASET, *own(tmp_path), *QUICK, "task.reward=lengths:brief", "trainer.save_trees_every=1")
     assert result.exit_code == 0, result.output
-    rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
+    rollouts = list(read_trees(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
     for rollout in rollouts:
         for leaf, reward in zip(rollout.tree.leaves(), rollout.rewards, strict=True):
             # One character a token, and EOS is none of them.
@@ -336,7 +336,7 @@ def test_a_reward_that_fails_now_and_then_costs_its_leaves_only(tmp_path: Path, 
         "train", DATASET, *own(tmp_path), *QUICK, *settings, "trainer.dynamic_sampling=null", "sampler.width=16"
     )
     assert result.exit_code == 0, result.output
-    rollouts = list(read_rollouts(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
+    rollouts = list(read_trees(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
     unknown = [why for rollout in rollouts for why in rollout.reasons.values()]
     assert unknown and set(unknown) == {"reward raised KeyError: 'odd'"}
     assert any(reward is not None for rollout in rollouts for reward in rollout.rewards)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from docs.configuration import PAGE, page
 from treepo.cli import app
-from treepo.config import Config, load
+from treepo.run.config import Config, load
 from treepo.studies import STUDIES, find
 
 ROOT = Path(__file__).parents[1]

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import small_config
 
-from treepo.assembly import build_actor
+from tests.support.small_runs import small_config
 from treepo.engines import Sampling
 from treepo.evaluate import Estimate, evaluate, maj_at_k, pass_at_k
+from treepo.run.build import build_actor
 from treepo.seeds import derive
 
 

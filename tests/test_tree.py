@@ -4,12 +4,12 @@ import gzip
 import json
 
 import pytest
-from conftest import grow_random, rollout_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.random_trees import grow_random, rollout_of
 from treepo.errors import TaskError
-from treepo.tree import ROOT, Rollout, Stop, Tree, append_rollout, read_rollouts, write_rollouts
+from treepo.tree import ROOT, ScoredTree, Stop, Tree, append_tree, read_trees, write_trees
 
 seeds = st.integers(0, 10_000)
 
@@ -66,7 +66,7 @@ def test_cutting_anywhere_keeps_every_paths_tokens(seed: int, data: st.DataObjec
     for _ in range(4):
         leaf = data.draw(st.sampled_from(tree.leaves()))
         kept = data.draw(st.integers(0, tree.response_length(leaf)))
-        node = tree.cut(leaf, kept)
+        node = tree.node_after(leaf, kept)
         assert tree.tokens(node) == before[leaf][0][: len(tree.prompt) + kept]
         assert node in tree.path(leaf)
     assert paths(tree) == before
@@ -75,7 +75,7 @@ def test_cutting_anywhere_keeps_every_paths_tokens(seed: int, data: st.DataObjec
 
 def test_cutting_at_an_existing_boundary_makes_no_node() -> None:
     tree = hand_drawn()
-    assert tree.cut(3, 3) == 1 and tree.cut(3, 0) == ROOT and tree.cut(3, 5) == 3
+    assert tree.node_after(3, 3) == 1 and tree.node_after(3, 0) == ROOT and tree.node_after(3, 5) == 3
     assert len(tree) == 5
 
 
@@ -106,17 +106,17 @@ def test_json_round_trips_bit_for_bit(seed: int) -> None:
     [([1.0, 0.0, 1.0], True), ([1.0, 1.0, 1.0], False), ([1.0, None, 0.0], True), ([1.0, None, 1.0], False)],
 )
 def test_a_reward_that_is_not_known_is_no_spread(rewards: list[float | None], *, spread: bool) -> None:
-    assert Rollout("a", hand_drawn(), rewards).has_spread is spread
+    assert ScoredTree("a", hand_drawn(), rewards).has_spread is spread
 
 
 @pytest.mark.parametrize("name", ["trees.jsonl", "trees.jsonl.gz"])
 def test_rollout_files_round_trip_and_equal_rollouts_make_equal_files(tmp_path, name: str) -> None:
     rollouts = [rollout_of(grow_random(seed), seed, unscored=0.2) for seed in range(5)]
-    rollouts.append(Rollout("e", hand_drawn(), [1.0, None, 0.0], {3: "reward timed out after 5 s"}))
-    write_rollouts(tmp_path / name, rollouts)
-    assert list(read_rollouts(tmp_path / name)) == rollouts
+    rollouts.append(ScoredTree("e", hand_drawn(), [1.0, None, 0.0], {3: "reward timed out after 5 s"}))
+    write_trees(tmp_path / name, rollouts)
+    assert list(read_trees(tmp_path / name)) == rollouts
     first = (tmp_path / name).read_bytes()
-    write_rollouts(tmp_path / name, rollouts)
+    write_trees(tmp_path / name, rollouts)
     assert (tmp_path / name).read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
@@ -125,10 +125,10 @@ def test_rollout_files_round_trip_and_equal_rollouts_make_equal_files(tmp_path, 
 def test_rollouts_that_are_added_one_by_one_are_all_in_the_file_at_any_time(tmp_path, name: str) -> None:
     rollouts = [rollout_of(grow_random(seed), seed, unscored=0.2) for seed in range(5)]
     for count, rollout in enumerate(rollouts, 1):
-        append_rollout(tmp_path / name, rollout)
-        assert list(read_rollouts(tmp_path / name)) == rollouts[:count]
+        append_tree(tmp_path / name, rollout)
+        assert list(read_trees(tmp_path / name)) == rollouts[:count]
     written = gzip.decompress if name.endswith(".gz") else bytes
-    write_rollouts(tmp_path / "whole.jsonl", rollouts)
+    write_trees(tmp_path / "whole.jsonl", rollouts)
     assert written((tmp_path / name).read_bytes()) == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -147,12 +147,12 @@ def test_rollouts_that_are_added_one_by_one_are_all_in_the_file_at_any_time(tmp_
 )
 def test_a_damaged_file_names_file_and_line(tmp_path, damage, message: str) -> None:
     path = tmp_path / "trees.jsonl"
-    write_rollouts(path, [Rollout("a", hand_drawn(), [1.0, 0.0, 0.0])] * 2)
+    write_trees(path, [ScoredTree("a", hand_drawn(), [1.0, 0.0, 0.0])] * 2)
     good, row = path.read_text().splitlines()[0], json.loads(path.read_text().splitlines()[1])
     damage(row)
     path.write_text(good + "\n" + json.dumps(row) + "\n")
     with pytest.raises(TaskError, match=rf"trees.jsonl:2: not a rollout: .*{message}"):
-        list(read_rollouts(path))
+        list(read_trees(path))
 
 
 def test_misuse_is_refused() -> None:
@@ -170,6 +170,6 @@ def test_misuse_is_refused() -> None:
     with pytest.raises(ValueError, match="finished already"):
         tree.finish(1, Stop.EOS)
     with pytest.raises(ValueError, match="cannot keep 6 of 5"):
-        tree.cut(3, 6)
+        tree.node_after(3, 6)
     with pytest.raises(ValueError, match="prompt of at least one token"):
         Tree([])

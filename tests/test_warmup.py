@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from treepo.errors import ConfigError
-from treepo.model import Shape, create
+from treepo.models.causal_lm import Shape, create
 from treepo.tasks.program import ProgramTask
 from treepo.warmup import IGNORED, WarmupSettings, _loss, _pace, _padded, warm_up
 

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from treepo.actor import Actor
     from treepo.advantages import (
         GRPO,
         RLOO,
@@ -22,26 +21,27 @@ if TYPE_CHECKING:
         TreePOSegment,
         TreeRL,
     )
-    from treepo.config import Config, load
     from treepo.engines import Engine, Handle, Sampling, Segment
-    from treepo.engines.local import LocalEngine
+    from treepo.engines.local.engine import LocalEngine
+    from treepo.engines.remote.engine import ServerEngine
     from treepo.engines.scripted import ScriptedEngine
-    from treepo.engines.server import ServerEngine
     from treepo.engines.settings import LocalSettings, ServerSettings
     from treepo.errors import ConfigError, EngineError, TaskError, TreePOError
     from treepo.forest import Forest
     from treepo.policies import Frontier
+    from treepo.rollouts import Actor
+    from treepo.run.config import Config, load
+    from treepo.run.trainer import Observer, Trainer
     from treepo.sampler import Sampler, SamplerSettings
     from treepo.tasks import Problem, Task
-    from treepo.trainer import Observer, Trainer
-    from treepo.tree import Node, Rollout, Stop, Tree, read_rollouts, write_rollouts
+    from treepo.tree import Node, ScoredTree, Stop, Tree, read_trees, write_trees
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Actor": "actor",
+    "Actor": "rollouts",
     "AttnRL": "advantages",
-    "Config": "config",
+    "Config": "run.config",
     "ConfigError": "errors",
     "DrGRPO": "advantages",
     "Engine": "engines",
@@ -50,35 +50,35 @@ _HOME = {
     "Frontier": "policies",
     "GRPO": "advantages",
     "Handle": "engines",
-    "LocalEngine": "engines.local",
+    "LocalEngine": "engines.local.engine",
     "LocalSettings": "engines.settings",
     "Node": "tree",
-    "Observer": "trainer",
+    "Observer": "run.trainer",
     "Problem": "tasks",
     "RLOO": "advantages",
     "ReinforcePP": "advantages",
-    "Rollout": "tree",
+    "ScoredTree": "tree",
     "SPO": "advantages",
     "Sampler": "sampler",
     "SamplerSettings": "sampler",
     "Sampling": "engines",
     "ScriptedEngine": "engines.scripted",
     "Segment": "engines",
-    "ServerEngine": "engines.server",
+    "ServerEngine": "engines.remote.engine",
     "ServerSettings": "engines.settings",
     "Stop": "tree",
     "Task": "tasks",
     "TaskError": "errors",
-    "Trainer": "trainer",
+    "Trainer": "run.trainer",
     "Tree": "tree",
     "TreeGRPO": "advantages",
     "TreePO": "advantages",
     "TreePOError": "errors",
     "TreePOSegment": "advantages",
     "TreeRL": "advantages",
-    "load": "config",
-    "read_rollouts": "tree",
-    "write_rollouts": "tree",
+    "load": "run.config",
+    "read_trees": "tree",
+    "write_trees": "tree",
 }
 
 __all__ = [
@@ -101,10 +101,10 @@ __all__ = [
     "Observer",
     "Problem",
     "ReinforcePP",
-    "Rollout",
     "Sampler",
     "SamplerSettings",
     "Sampling",
+    "ScoredTree",
     "ScriptedEngine",
     "Segment",
     "ServerEngine",
@@ -121,8 +121,8 @@ __all__ = [
     "TreeRL",
     "__version__",
     "load",
-    "read_rollouts",
-    "write_rollouts",
+    "read_trees",
+    "write_trees",
 ]
 
 

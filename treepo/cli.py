@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from treepo import __version__
-from treepo.errors import ConfigError, TreePOError, writing
+from treepo.errors import ConfigError, TreePOError
+from treepo.files import writing
 from treepo.studies import STUDIES, find
 
 if TYPE_CHECKING:  # a help page must not wait for torch
-    from treepo.config import Config
-    from treepo.tree import Rollout
+    from treepo.run.config import Config
+    from treepo.tree import ScoredTree
 
 app = typer.Typer(
     help="Reinforcement learning on language models with trees of rollouts (TreePO, arXiv 2508.17445).",
@@ -81,7 +82,7 @@ def train(
     _quiet()
     from treepo.report.console import Progressing, held_out_table, print_saved
     from treepo.report.curve import draw_curve
-    from treepo.trainer import Trainer
+    from treepo.run.trainer import Trainer
 
     progress = Progressing(console, settings.trainer.steps)
     with progress, Trainer(settings, resume=resume, observer=progress) as trainer:
@@ -132,9 +133,9 @@ def sample(
         raise ConfigError(f"--split: train or test, not {split!r}")
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
-    from treepo.assembly import build_actor
     from treepo.report.console import Growing, drawing, print_saved, rollout_table
-    from treepo.tree import append_rollout
+    from treepo.run.build import build_actor
+    from treepo.tree import append_tree
 
     with build_actor(settings) as actor:
         chosen = actor.task.problems("train" if split == "train" else "test")[:problems]
@@ -143,10 +144,10 @@ def sample(
             with writing(out, "choose another --out"):
                 out.write_bytes(b"")
 
-        def finished(_: int, rollout: Rollout) -> None:
+        def finished(_: int, rollout: ScoredTree) -> None:
             if out is not None:
                 with writing(out, "choose another --out"):
-                    append_rollout(out, rollout)
+                    append_tree(out, rollout)
             growing.add(rollout)
 
         with Growing(console, [problem.id for problem in chosen]) as growing:
@@ -178,9 +179,9 @@ def evaluate_(
     """
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
-    from treepo.assembly import build_actor
     from treepo.evaluate import evaluate
     from treepo.report.console import held_out_table
+    from treepo.run.build import build_actor
 
     with build_actor(settings) as actor, _bar("evaluating") as report:
         found = evaluate(actor, settings.sampler, settings.evaluate, settings.seed, report)
@@ -272,9 +273,9 @@ def serve(
     _quiet()
     import torch
 
-    from treepo.config import valid
     from treepo.engines.settings import LocalSettings
-    from treepo.model import ModelSettings
+    from treepo.models.causal_lm import ModelSettings
+    from treepo.run.config import valid
     from treepo.serve.run import Serving, serve
 
     if threads is not None:
@@ -296,7 +297,7 @@ def doctor() -> None:
     _quiet()
     from rich.table import Table
 
-    from treepo.doctor import examine
+    from treepo.run.doctor import examine
 
     findings = examine()
     table = Table(title="treepo doctor")
@@ -330,13 +331,13 @@ def _load(
 
     A dry run prints it and ends here.
     """
-    from treepo.config import dump, load
+    from treepo.run.config import dump, load
 
     changes = list(overrides or [])
     if config.is_dir():
         changes.insert(0, f"out={json.dumps(str(config))}")  # wherever it was moved since, or is seen from
         if newest and model is None and not any(change.startswith("model.path=") for change in changes):
-            from treepo.checkpoint import latest
+            from treepo.run.checkpoint import latest
 
             found = latest(config / "checkpoints")
             if found is None and (config / "config.yaml").is_file():

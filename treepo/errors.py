@@ -12,9 +12,7 @@ escapes is a bug of ours and is never caught.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterable
 
 
 class TreePOError(Exception):
@@ -37,12 +35,3 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """`"; did you mean 'width'?"` for the allowed word closest to `given`, or `""` if none is close."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-@contextmanager
-def writing(path: Path, remedy: str) -> Iterator[None]:
-    """A disk that refuses to have `path` written is the user's to mend: a `ConfigError` that ends with `remedy`."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error

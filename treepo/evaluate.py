@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from treepo.actor import Actor
 from treepo.engines import Sampling
 from treepo.errors import TaskError
 from treepo.forest import Floats
+from treepo.rollouts import Actor
 from treepo.sampler import SamplerSettings
 from treepo.seeds import derive
 from treepo.settings import Settings
-from treepo.tree import Rollout
+from treepo.tree import ScoredTree
 
 DRAWS = 1000  # of every bootstrap
 
@@ -135,12 +135,12 @@ def maj_at_k(
     return found
 
 
-def correct(rollouts: Sequence[Rollout], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def correct(rollouts: Sequence[ScoredTree], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """[P, leaves] whether a leaf's reward is known and at least `correct_at`; all trees have equally many leaves."""
     return np.array([[reward is not None and reward >= correct_at for reward in r.rewards] for r in rollouts])
 
 
-def final_answers(actor: Actor, rollouts: Sequence[Rollout]) -> list[list[str | None]]:
+def final_answers(actor: Actor, rollouts: Sequence[ScoredTree]) -> list[list[str | None]]:
     """What each leaf answers, per tree, as votes count it."""
     return [
         [actor.task.final_answer(actor.decode(r.tree.response(leaf))) for leaf in r.tree.leaves()] for r in rollouts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from treepo.tree import Rollout
+from treepo.tree import ScoredTree
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -25,8 +25,8 @@ class Forest:
 
     first_node: Ints  # [number of rollouts + 1]
     parent: Ints  # [N] node index; -1 for roots
-    length: Ints  # [N] response tokens that the node adds; 0 for roots
-    cut: Bools  # [N] whether it is the lower part of a segment that was cut (`Tree.split`); its parent is the upper
+    length: Ints  # [N] tokens that the policy sampled in the node; 0 for roots and for what tools have added
+    lower: Bools  # [N] whether it is the lower part of a segment that was split (`Tree.split`); its parent is the upper
     leaf: Ints  # [L] node index of each leaf
     tree: Ints  # [L] index of each leaf's rollout
     depth: Ints  # [L] nodes on the path below the root; >= 1
@@ -34,17 +34,17 @@ class Forest:
     rewards: Floats  # [L]
 
     @classmethod
-    def of(cls, rollouts: Sequence[Rollout]) -> Forest:
+    def of(cls, rollouts: Sequence[ScoredTree]) -> Forest:
         """The arrays of `rollouts`, in their order."""
         first_node = np.cumsum([0, *(len(r.tree) for r in rollouts)])
         nodes = [node for r in rollouts for node in r.tree.nodes]
         parent = np.fromiter((node.parent for node in nodes), np.int64, len(nodes))
-        length = np.fromiter((len(node.tokens) for node in nodes), np.int64, len(nodes))
+        length = np.fromiter((len(node.tokens) if node.sampled else 0 for node in nodes), np.int64, len(nodes))
         offset = np.repeat(first_node[:-1], np.diff(first_node))
         parent = np.where(parent < 0, -1, parent + offset)
         length[first_node[:-1]] = 0
-        segments = np.fromiter((node.depth for node in nodes), np.int64, len(nodes))  # a cut makes no path deeper
-        cut = (parent >= 0) & (segments == segments[parent])
+        segments = np.fromiter((node.depth for node in nodes), np.int64, len(nodes))  # a split makes no path deeper
+        lower = (parent >= 0) & (segments == segments[parent])
         scored = [
             (t, leaf, reward)
             for t, r in enumerate(rollouts)
@@ -54,7 +54,7 @@ class Forest:
         tree = np.array([t for t, _, _ in scored], np.int64)
         leaf = np.array([n for _, n, _ in scored], np.int64) + first_node[tree]
         rewards = np.array([reward for _, _, reward in scored], np.float64)
-        return cls(first_node, parent, length, cut, leaf, tree, *_paths(leaf, parent), rewards)
+        return cls(first_node, parent, length, lower, leaf, tree, *_paths(leaf, parent), rewards)
 
     def over_leaves(self, values: NDArray[np.float64]) -> Floats:
         """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""
@@ -68,9 +68,9 @@ class Forest:
 
     @property
     def same_segment(self) -> Bools:
-        """[N] whether a node and its parent are one segment, which was cut, but no leaf has come to hang at the cut."""
+        """[N] whether a node and its parent are one segment that was split, and no scored leaf hangs between them."""
         count = self.leaf_count
-        same: Bools = self.cut & (count == count[self.parent])
+        same: Bools = self.lower & (count == count[self.parent])
         return same
 
 

@@ -6,7 +6,7 @@ import asyncio
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -108,7 +108,6 @@ class Sampler:
     settings: SamplerSettings
     decode: Callable[[Sequence[int]], str]  # response token ids -> text without special tokens
     stop_ids: Collection[int]
-    failures: dict[tuple[str, int], str] = field(default_factory=dict)  # (key, `ERROR` leaf) -> why it was given up
 
     def sample(
         self,
@@ -190,9 +189,8 @@ class Sampler:
         born = []
         for (node, _), seed, reply in zip(places, seeds, replies, strict=True):
             if isinstance(reply, EngineError):
-                leaf = tree.add(node, [], [], seed=seed, version=tree.nodes[node].version, stop=Stop.ERROR)
-                self.failures[tree.key, leaf] = str(reply)
-                born.append(leaf)
+                version = tree.nodes[node].version
+                born.append(tree.add(node, [], [], seed=seed, version=version, stop=Stop.ERROR, error=str(reply)))
                 continue
             stop, kept = self._judge(tree, node, reply.tokens)
             entropies = None if reply.entropies is None else reply.entropies[:kept]
@@ -251,7 +249,7 @@ class Sampler:
         plan, remaining = Counter[int](), frontier.remaining
         children = self.settings.branching.again(frontier)
         for leaf, kept in self.settings.fallback(frontier, -(-remaining // children)):
-            plan[frontier.tree.cut(leaf, kept)] += min(children, remaining)
+            plan[frontier.tree.node_after(leaf, kept)] += min(children, remaining)
             remaining -= min(children, remaining)
         return dict(plan)
 

@@ -1,7 +1,7 @@
-"""The tree of rollouts, and the rollout: the unit on disk, in the viewer and in the update.
+"""The tree of rollouts, and the scored tree: the unit on disk, in the viewer and in the update.
 
 A node stores only the tokens that it adds. Its prefix is the tokens of its path, so that a token shared by many
-leaves exists once. `Rollout` is a finished tree with the rewards of its leaves.
+leaves exists once. Each leaf is a rollout in the field's sense. `ScoredTree` is a finished tree with a reward per leaf.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from treepo.errors import TaskError
+from treepo.files import whole_file
 
 SCHEMA = 1
 ROOT = 0
@@ -51,6 +52,8 @@ class Node:
     start: int  # tokens on the path before this node, prompt included
     depth: int  # segments from the root
     entropies: list[float] | None = None  # of the distributions that `tokens` are from, in nats; None: not known
+    sampled: bool = True  # False: the policy did not choose these tokens (a tool's output); they are never trained on
+    error: str | None = None  # of an `ERROR` leaf: why its request was given up
 
 
 class Tree:
@@ -95,13 +98,21 @@ class Tree:
         version: int = 0,
         stop: Stop | None = None,
         entropies: Sequence[float] | None = None,
+        sampled: bool = True,
+        error: str | None = None,
     ) -> int:
-        """Append a child of `parent` and return its index. Only an `ERROR` leaf may add no token."""
+        """Append a child of `parent` and return its index. Only an `ERROR` leaf may add no token.
+
+        Tokens that the policy did not sample (`sampled=False`) have no log-probs: `logprobs` is empty.
+        """
         above = self.nodes[parent]
         if above.stop is not None:
             raise ValueError(f"node {parent} is a leaf ({above.stop}) and cannot have children")
-        if len(tokens) != len(logprobs):
-            raise ValueError(f"{len(tokens)} tokens came with {len(logprobs)} log-probs")
+        if len(logprobs) != (len(tokens) if sampled else 0):
+            kind = "tokens" if sampled else "tokens that were not sampled"
+            raise ValueError(f"{len(tokens)} {kind} came with {len(logprobs)} log-probs")
+        if error is not None and stop is not Stop.ERROR:
+            raise ValueError("only an ERROR leaf has an error")
         if entropies is not None and len(tokens) != len(entropies):
             raise ValueError(f"{len(tokens)} tokens came with {len(entropies)} entropies")
         if not tokens and stop is not Stop.ERROR:
@@ -109,7 +120,9 @@ class Tree:
         start = above.start + len(above.tokens)
         known = None if entropies is None else list(entropies)
         self.nodes.append(
-            Node(parent, list(tokens), list(logprobs), seed, version, stop, start, above.depth + 1, known)
+            Node(
+                parent, list(tokens), list(logprobs), seed, version, stop, start, above.depth + 1, known, sampled, error
+            )
         )
         self.children.append([])
         self.children[parent].append(len(self.nodes) - 1)
@@ -122,14 +135,12 @@ class Tree:
         self.nodes[node].stop = stop
 
     def split(self, node: int, at: int) -> int:
-        """Cut `node` after its first `at` tokens; returns the new node that holds them, from now on its parent."""
+        """Divide `node` after its first `at` tokens; returns the new node that holds them, from now on its parent."""
         tail = self.nodes[node]
         if node == ROOT or not 0 < at < len(tail.tokens):
             raise ValueError(f"cannot split node {node} of {len(tail.tokens)} tokens at {at}")
         index = len(self.nodes)
-        head = Node(
-            tail.parent, tail.tokens[:at], tail.logprobs[:at], tail.seed, tail.version, None, tail.start, tail.depth
-        )
+        head = replace(tail, tokens=tail.tokens[:at], logprobs=tail.logprobs[:at], stop=None, error=None)
         if tail.entropies is not None:
             head.entropies, tail.entropies = tail.entropies[:at], tail.entropies[at:]
         self.nodes.append(head)
@@ -140,7 +151,7 @@ class Tree:
         tail.tokens, tail.logprobs = tail.tokens[at:], tail.logprobs[at:]
         return index
 
-    def cut(self, leaf: int, kept: int) -> int:
+    def node_after(self, leaf: int, kept: int) -> int:
         """The node on the path to `leaf` that ends after `kept` response tokens; splits a node where none does."""
         end = len(self.prompt) + kept
         if not 0 <= kept <= self.response_length(leaf):
@@ -176,7 +187,7 @@ class Tree:
 
     @property
     def unique_tokens(self) -> int:
-        """Response tokens in the tree: what was generated."""
+        """Response tokens in the tree, a shared one once: what was generated, and what tools have added."""
         return sum(len(node.tokens) for node in self.nodes) - len(self.prompt)
 
     @property
@@ -199,6 +210,8 @@ class Tree:
                     "stop": n.stop,
                     "depth": n.depth,
                     **({} if n.entropies is None else {"entropies": n.entropies}),
+                    **({} if n.sampled else {"sampled": False}),
+                    **({} if n.error is None else {"error": n.error}),
                 }
                 for n in self.nodes
             ],
@@ -223,6 +236,8 @@ class Tree:
                 0,
                 n["depth"],
                 n.get("entropies"),
+                n.get("sampled", True),
+                n.get("error"),
             )
             for n in value["nodes"]
         ]
@@ -241,7 +256,7 @@ class Tree:
             seen += 1
             if seen > len(self.nodes) or (node.stop is not None) == bool(self.children[index]):
                 raise ValueError(f"node {index} needs either children or a stop, once")
-            if len(node.tokens) != len(node.logprobs) and index != ROOT:
+            if len(node.logprobs) != (len(node.tokens) if node.sampled else 0) and index != ROOT:
                 raise ValueError(f"node {index} has {len(node.tokens)} tokens and {len(node.logprobs)} log-probs")
             if node.entropies is not None and len(node.tokens) != len(node.entropies):
                 raise ValueError(f"node {index} has {len(node.tokens)} tokens and {len(node.entropies)} entropies")
@@ -255,7 +270,7 @@ class Tree:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class ScoredTree:
     """A finished tree, the problem that it answers and the rewards of its leaves."""
 
     problem_id: str
@@ -273,16 +288,14 @@ class Rollout:
         return len(set(self.rewards) - {None}) > 1
 
 
-def write_rollouts(path: Path, rollouts: Iterable[Rollout]) -> None:
+def write_trees(path: Path, rollouts: Iterable[ScoredTree]) -> None:
     """One JSON object per line, gzip-compressed if `path` ends in `.gz`. The file appears whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with _open(part, "w", compressed=path.suffix == ".gz") as file:
+    with whole_file(path) as part, _open(part, "w", compressed=path.suffix == ".gz") as file:
         file.writelines(map(_line, rollouts))
-    part.replace(path)
 
 
-def append_rollout(path: Path, rollout: Rollout) -> None:
-    """Add a line to a file in the form of `write_rollouts`.
+def append_tree(path: Path, rollout: ScoredTree) -> None:
+    """Add a line to a file in the form of `write_trees`.
 
     It is in the file, whole, when this returns: a process that is killed keeps what it has written. A compressed file
     gets a gzip member per rollout, which makes it about a fifth larger.
@@ -292,19 +305,19 @@ def append_rollout(path: Path, rollout: Rollout) -> None:
         file.write(gzip.compress(line, mtime=0) if path.suffix == ".gz" else line)
 
 
-def read_rollouts(path: Path) -> Iterator[Rollout]:
+def read_trees(path: Path) -> Iterator[ScoredTree]:
     """The rollouts of a file written by one of these two; raises `TaskError` naming file and line of a bad one."""
     with _open(path, "r", compressed=path.suffix == ".gz") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
                 reasons = {int(leaf): why for leaf, why in row["reasons"].items()}
-                yield Rollout(row["problem_id"], Tree.from_json(row["tree"]), row["rewards"], reasons)
+                yield ScoredTree(row["problem_id"], Tree.from_json(row["tree"]), row["rewards"], reasons)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise TaskError(f"{path}:{number}: not a rollout: {error}") from error
 
 
-def _line(rollout: Rollout) -> str:
+def _line(rollout: ScoredTree) -> str:
     value = {
         "problem_id": rollout.problem_id,
         "rewards": rollout.rewards,

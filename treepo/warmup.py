@@ -16,9 +16,9 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from treepo.attention import Causal
 from treepo.errors import ConfigError
-from treepo.model import context, hidden, logits
+from treepo.models.attention import Causal
+from treepo.models.causal_lm import context, hidden, logits
 from treepo.settings import Settings
 from treepo.tasks import Task, Teacher
 

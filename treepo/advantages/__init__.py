@@ -1,34 +1,33 @@
 """Advantages: pure functions of (tree shapes, rewards), for all trees of a batch at once.
 
 An estimator is a frozen model whose call maps a `Forest` to an array [L, D + 1]: the advantage that the tokens of each
-node on a leaf's path get from that leaf. Column 0 belongs to the prompt and is not used; entries beyond a leaf's depth
-are zero. Whitening is a step of its own.
+node on a leaf's path get from that leaf. A family of estimators has a file of its own.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+import numpy as np
+from pydantic import Discriminator, Tag
 
-from treepo.advantages.group import GRPO, RLOO, DrGRPO, ReinforcePP, TreeGRPO
+from treepo.advantages.baselines import GRPO, RLOO, DrGRPO, ReinforcePP, TreeGRPO
+from treepo.advantages.estimator import Advantage, Estimator, whitened
 from treepo.advantages.segment import TreePOSegment
 from treepo.advantages.spo import SPO
 from treepo.advantages.treepo import TreePO
 from treepo.advantages.treerl import AttnRL, TreeRL
-from treepo.advantages.whitening import whiten
 from treepo.forest import Floats, Forest
-
-Estimator = Annotated[
-    TreePO | TreePOSegment | SPO | TreeRL | AttnRL | TreeGRPO | GRPO | DrGRPO | RLOO | ReinforcePP,
-    Field(discriminator="kind"),
-]
+from treepo.user_code import Custom, kind_of, one_of
 
 __all__ = [
     "GRPO",
     "RLOO",
     "SPO",
+    "Advantage",
+    "AnyEstimator",
     "AttnRL",
+    "CustomEstimator",
     "DrGRPO",
     "Estimator",
     "ReinforcePP",
@@ -36,12 +35,41 @@ __all__ = [
     "TreePO",
     "TreePOSegment",
     "TreeRL",
-    "advantages",
-    "whiten",
+    "whitened",
 ]
 
 
-def advantages(estimator: Estimator, forest: Forest) -> Floats:
-    """[L, D + 1] advantages of `forest`, whitened over the batch if the estimator asks for it."""
-    values = estimator(forest)
-    return whiten(forest, values) if estimator.whiten else values
+class CustomEstimator(Custom):
+    """A class of yours: with `__call__(forest)`, which returns the advantages as `Advantage` has them."""
+
+    calls: ClassVar[dict[str, Any]] = {"__call__": Advantage.__call__}
+
+    def __call__(self, forest: Forest) -> Floats:
+        values: Any = self.made(forest)
+        if not isinstance(values, np.ndarray) or values.shape != forest.path.shape:
+            found = f"of shape {values.shape}" if isinstance(values, np.ndarray) else repr(values)[:80]
+            raise self._refuse(
+                f"returned {found}: it must return an array of shape {forest.path.shape}, that of forest.path"
+            )
+        if not np.isfinite(values[:, 1:]).all():
+            raise self._refuse("returned values that are not finite")
+        return values.astype(np.float64)
+
+
+AnyEstimator = Annotated[
+    Annotated[TreePO, Tag("treepo")]
+    | Annotated[TreePOSegment, Tag("segment")]
+    | Annotated[SPO, Tag("spo")]
+    | Annotated[TreeRL, Tag("treerl")]
+    | Annotated[AttnRL, Tag("attnrl")]
+    | Annotated[TreeGRPO, Tag("tree_grpo")]
+    | Annotated[GRPO, Tag("grpo")]
+    | Annotated[DrGRPO, Tag("dr_grpo")]
+    | Annotated[RLOO, Tag("rloo")]
+    | Annotated[ReinforcePP, Tag("reinforce_pp")]
+    | Annotated[CustomEstimator, Tag("custom")],
+    Discriminator(kind_of()),
+    one_of(
+        *("treepo", "segment", "spo", "treerl", "attnrl", "tree_grpo", "grpo", "dr_grpo", "rloo", "reinforce_pp"),
+    ),
+]

@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from treepo.advantages.values import first_column, mean_over_children, mean_over_leaves, over_parent
+from treepo.advantages.estimator import Estimator
+from treepo.advantages.node_values import first_column, mean_over_children, mean_over_leaves, over_parent
 from treepo.forest import Floats, Forest
-from treepo.settings import Settings
 
 
-class TreePOSegment(Settings):
+class TreePOSegment(Estimator):
     """Gain in value of each segment over the one before; values start from TreePO's size-weighted leaves.
 
     A leaf's value is the mean, weighted by size, of (its reward - mean reward of the leaves below) over all nodes on
@@ -28,7 +28,7 @@ class TreePOSegment(Settings):
     )
     whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
 
-    def __call__(self, forest: Forest) -> Floats:
+    def values(self, forest: Forest) -> Floats:
         path = forest.path
         size = np.where(path >= 0, forest.leaf_count[path], 0.0)  # [L, D + 1]
         size[forest.same_segment[path]] = 0.0  # a cut segment counts once

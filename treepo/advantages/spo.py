@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from treepo.advantages.values import at_parent, children, mean_over_children, over_parent, spread_of_children
+from treepo.advantages.estimator import Estimator
+from treepo.advantages.node_values import at_parent, children, mean_over_children, over_parent, spread_of_children
 from treepo.forest import Bools, Floats, Forest
-from treepo.settings import Settings
 
 
-class SPO(Settings):
+class SPO(Estimator):
     """Gain in value of each segment over the one before; a leaf is worth its reward, a node the mean over its children.
 
     `scale="none"` is SPO-tree, arXiv 2505.23564. `siblings` divides a gain by (std of the values among the siblings +
@@ -30,9 +30,8 @@ class SPO(Settings):
     scale: Literal["none", "siblings", "values"] = Field(
         "none", description="Divide gains by the std among siblings, or z-score values among siblings before (values)."
     )
-    whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
-    def __call__(self, forest: Forest) -> Floats:
+    def values(self, forest: Forest) -> Floats:
         value = mean_over_children(forest, forest.rewards)  # [N]
         gain = value - at_parent(forest, value)  # [N]
         std = at_parent(forest, spread_of_children(forest, value))  # [N] among a node and its siblings

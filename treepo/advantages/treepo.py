@@ -7,12 +7,12 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from treepo.advantages.values import mean_over_leaves
+from treepo.advantages.estimator import Estimator
+from treepo.advantages.node_values import mean_over_leaves
 from treepo.forest import Floats, Forest
-from treepo.settings import Settings
 
 
-class TreePO(Settings):
+class TreePO(Estimator):
     """Mean over a leaf's ancestors of (its reward - mean reward of the leaves below the ancestor).
 
     Source: arXiv 2508.17445, eq. 5 (average), 6 (`size_weighted`), 7 (`reject_flat_groups`). Ancestors other than the
@@ -30,7 +30,7 @@ class TreePO(Settings):
     )
     whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
 
-    def __call__(self, forest: Forest) -> Floats:
+    def values(self, forest: Forest) -> Floats:
         path, reward = forest.path, forest.rewards
         column = np.arange(path.shape[1])  # [D + 1] depth of an ancestor
         ancestor = column[None, :] < forest.depth[:, None]  # [L, D + 1] without the leaf itself

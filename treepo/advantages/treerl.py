@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
 
-from treepo.advantages.values import mean_over_leaves, over_parent
+from treepo.advantages.estimator import Estimator
+from treepo.advantages.node_values import mean_over_leaves, over_parent
 from treepo.forest import Floats, Forest
-from treepo.settings import Settings
 
 
-class TreeRL(Settings):
+class TreeRL(Estimator):
     """(V - V of the parent) + V, where V is the mean over the leaves below of reward - mean of the query's others.
 
     Source: arXiv 2506.11902, which also divides by the root of the number of leaves through a segment: set
@@ -21,16 +20,15 @@ class TreeRL(Settings):
     """
 
     kind: Literal["treerl"] = "treerl"
-    whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
-    def __call__(self, forest: Forest) -> Floats:
+    def values(self, forest: Forest) -> Floats:
         others = np.maximum(forest.leaf_count[forest.path[:, :1]] - 1, 1)  # [L, 1]
         # R - mean of the others = (R - mean) (others + 1) / others, and both are linear in R.
         advantage: Floats = _global_and_local(forest) * (others + 1) / others
         return advantage
 
 
-class AttnRL(Settings):
+class AttnRL(Estimator):
     """(V - V of the root) + (V - V of the parent), where V is the mean reward of the leaves below.
 
     Source: arXiv 2509.26628, which also divides by the root of the number of leaves through a segment: set
@@ -38,9 +36,8 @@ class AttnRL(Settings):
     """
 
     kind: Literal["attnrl"] = "attnrl"
-    whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
 
-    def __call__(self, forest: Forest) -> Floats:
+    def values(self, forest: Forest) -> Floats:
         return _global_and_local(forest)
 
 

@@ -11,9 +11,9 @@ from pydantic import Discriminator, Field, Tag, field_validator
 
 from treepo.errors import ConfigError
 from treepo.policies import Frontier
-from treepo.policies.own import Own, kind_of, one_of
 from treepo.settings import Settings
 from treepo.tree import ROOT, Tree
+from treepo.user_code import Custom, kind_of, one_of
 
 Range = tuple[int, int]
 
@@ -167,7 +167,7 @@ class LevelBudget(Settings):
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class OwnBranching(Own):
+class CustomBranching(Custom):
     """A class of yours: with `__call__(frontier)` and `again(frontier)` as `Branching` has them.
 
     An attribute `needs_entropies` that is true makes the nodes know their tokens' entropies.
@@ -177,10 +177,10 @@ class OwnBranching(Own):
 
     @property
     def needs_entropies(self) -> bool:
-        return bool(getattr(self.policy, "needs_entropies", False))
+        return bool(getattr(self.made, "needs_entropies", False))
 
     def __call__(self, frontier: Frontier) -> list[int]:
-        shares: Any = self.policy(frontier)
+        shares: Any = self.made(frontier)
         paths = len(frontier.active)
         most = max(frontier.remaining, paths)
         if (
@@ -196,7 +196,7 @@ class OwnBranching(Own):
         return list(shares)
 
     def again(self, frontier: Frontier) -> int:
-        children: Any = self.policy.again(frontier)
+        children: Any = self.made.again(frontier)
         if not isinstance(children, int) or not 1 <= children <= frontier.remaining:
             raise self._refuse(
                 f"wants {children!r} children where a tree falls back to: `again` must return a whole number from 1 to "
@@ -206,9 +206,9 @@ class OwnBranching(Own):
 
 
 AnyBranching = Annotated[
-    Annotated[LevelBudget, Tag("budget")] | Annotated[OwnBranching, Tag("own")],
+    Annotated[LevelBudget, Tag("budget")] | Annotated[CustomBranching, Tag("custom")],
     Discriminator(kind_of("budget")),
-    one_of("budget"),
+    one_of("budget", default="budget"),
 ]
 
 

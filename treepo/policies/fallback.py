@@ -12,9 +12,9 @@ from pydantic import Discriminator, Field, Tag
 
 from treepo.policies import Frontier
 from treepo.policies.branching import softmax
-from treepo.policies.own import Own, kind_of, one_of
 from treepo.settings import Settings
 from treepo.tree import Stop, Tree
+from treepo.user_code import Custom, kind_of, one_of
 
 Place = tuple[int, int]
 """A leaf, and how many response tokens of its path are kept."""
@@ -147,13 +147,13 @@ class Block(CutBack):
         return frontier.rng.choices(starts, weights)[0]
 
 
-class OwnFallback(Own):
+class CustomFallback(Custom):
     """A class of yours: with `__call__(frontier, wanted)` as `Fallback` has it."""
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Fallback.__call__}
 
     def __call__(self, frontier: Frontier, wanted: int) -> list[Place]:
-        places: Any = self.policy(frontier, wanted)
+        places: Any = self.made(frontier, wanted)
         if not isinstance(places, Sequence) or len(places) > wanted:
             raise self._refuse(f"returned {places!r}: it must return a list of at most {wanted} (wanted) places")
         for place in places:
@@ -175,9 +175,9 @@ AnyFallback = Annotated[
     | Annotated[LowestLogProb, Tag("lowest_logprob")]
     | Annotated[Block, Tag("block")]
     | Annotated[NoFallback, Tag("none")]
-    | Annotated[OwnFallback, Tag("own")],
+    | Annotated[CustomFallback, Tag("custom")],
     Discriminator(kind_of("segment")),
-    one_of("segment", "grid", "root", "lowest_logprob", "block", "none"),
+    one_of("segment", "grid", "root", "lowest_logprob", "block", "none", default="segment"),
 ]
 
 

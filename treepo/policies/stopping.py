@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Discriminator, Field, Tag
 
-from treepo.policies.own import Own, kind_of, one_of
 from treepo.settings import Settings
 from treepo.tasks.math import boxed
 from treepo.tree import Stop
+from treepo.user_code import Custom, kind_of, one_of
 
 
 class Stopping(Protocol):
@@ -71,13 +71,13 @@ class EarlyStop(Settings):
         return max(Counter(windows).values(), default=0) >= count
 
 
-class OwnStopping(Own):
+class CustomStopping(Custom):
     """A class of yours: with `__call__(text, *, eos, length, depth)` as `Stopping` has it."""
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Stopping.__call__}
 
     def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
-        stop: Any = self.policy(text, eos=eos, length=length, depth=depth)
+        stop: Any = self.made(text, eos=eos, length=length, depth=depth)
         if stop is None or (isinstance(stop, Stop) and stop is not Stop.ERROR):
             return stop
         allowed = ", ".join(f"Stop.{s.name}" for s in Stop if s is not Stop.ERROR)
@@ -85,7 +85,7 @@ class OwnStopping(Own):
 
 
 AnyStopping = Annotated[
-    Annotated[EarlyStop, Tag("early")] | Annotated[OwnStopping, Tag("own")],
+    Annotated[EarlyStop, Tag("early")] | Annotated[CustomStopping, Tag("custom")],
     Discriminator(kind_of("early")),
-    one_of("early"),
+    one_of("early", default="early"),
 ]

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.tree import Tree as Drawing
 
 from treepo.evaluate import Evaluation
-from treepo.folder import Metrics
 from treepo.report.bars import Bars
-from treepo.trainer import Observer
-from treepo.tree import ROOT, Rollout
+from treepo.run.folder import Metrics
+from treepo.run.trainer import Observer
+from treepo.tree import ROOT, ScoredTree
 
 ROWS = (
     ("greedy pass@1", "greedy"),
@@ -111,7 +111,7 @@ class Growing(Bars):
             self._print_row([name for name, _ in ROLLOUT_COLUMNS], style="bold")
         return super().__enter__()
 
-    def add(self, rollout: Rollout) -> None:
+    def add(self, rollout: ScoredTree) -> None:
         """Show a tree that is finished and scored."""
         self._trees += 1
         self._tokens += rollout.tree.flat_tokens
@@ -154,7 +154,7 @@ def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
     return table
 
 
-def rollout_table(rollouts: Sequence[Rollout]) -> Table:
+def rollout_table(rollouts: Sequence[ScoredTree]) -> Table:
     """What was sampled, a row per tree."""
     table = Table(title="1 tree" if len(rollouts) == 1 else f"{len(rollouts)} trees")
     for name, justify in ROLLOUT_COLUMNS:
@@ -164,7 +164,7 @@ def rollout_table(rollouts: Sequence[Rollout]) -> Table:
     return table
 
 
-def _cells(rollout: Rollout) -> list[str]:
+def _cells(rollout: ScoredTree) -> list[str]:
     """What `ROLLOUT_COLUMNS` say of a tree."""
     tree = rollout.tree
     stops = Counter(str(tree.nodes[leaf].stop) for leaf in tree.leaves())
@@ -183,7 +183,7 @@ def _mean(rewards: Sequence[float]) -> str:
     return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
 
 
-def drawing(rollout: Rollout, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:
+def drawing(rollout: ScoredTree, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:
     """The tree as text, forks as branches: segments parted by `·`, and at a leaf why it ended and what it is worth."""
     tree = rollout.tree
     reward = dict(zip(tree.leaves(), rollout.rewards, strict=True))

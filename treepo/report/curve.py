@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from treepo.folder import RunFolder, read_metrics
+from treepo.run.folder import RunFolder, read_metrics
 
 
 def draw_curve(folder: RunFolder) -> Path | None:

@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.progress import TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table as RichTable
 
-from treepo.config import dump
 from treepo.report.bars import Bars
 from treepo.report.machine import device, versions
+from treepo.run.config import dump
 from treepo.studies.run import Listener, Runner
 from treepo.studies.study import Cell, Findings, Panel, Result, Table, Value
 

@@ -17,8 +17,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from transformers import PreTrainedModel
 
-from treepo import __version__, lora
+from treepo import __version__
 from treepo.errors import ConfigError, EngineError
+from treepo.models import lora
 from treepo.serve import schemas
 from treepo.serve.prefixes import Answer, NotLoadedError, Prefixes
 from treepo.serve.schemas import BadRequestError, Body, Job, Server

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from treepo.engines import Sampling, Segment
-from treepo.engines.local import LocalEngine, LocalHandle
+from treepo.engines.local.engine import LocalEngine, LocalHandle
 from treepo.tree import ROOT, Tree
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 import uvicorn
 
-from treepo import model as causal_lm
-from treepo.engines.local import LocalEngine
+from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError
-from treepo.model import ModelSettings
+from treepo.models import causal_lm
+from treepo.models.causal_lm import ModelSettings
 from treepo.serve.app import build_app
 from treepo.serve.prefixes import Prefixes
 from treepo.serve.schemas import Server

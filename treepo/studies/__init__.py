@@ -35,7 +35,7 @@ def find(name: str, overrides: Sequence[str] = (), *, quick: bool = False) -> St
     """The study called `name` with `key=value` settings; raises `ConfigError` for what does not exist."""
     from pydantic import ValidationError
 
-    from treepo.config import explain, values_of
+    from treepo.run.config import explain, values_of
 
     if name not in STUDIES:
         raise ConfigError(f"no study is called {name!r}: {', '.join(STUDIES)}{nearest(name, STUDIES)}")

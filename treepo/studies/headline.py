@@ -9,9 +9,9 @@ from typing import ClassVar, Self
 import numpy as np
 from pydantic import Field
 
-from treepo.assembly import build_actor
-from treepo.config import Config
 from treepo.errors import TreePOError
+from treepo.run.build import build_actor
+from treepo.run.config import Config
 from treepo.studies.statistics import Mean, first_reach
 from treepo.studies.study import (
     Cell,

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from treepo import __version__
-from treepo.config import Config
-from treepo.errors import ConfigError, TreePOError, writing
+from treepo.errors import ConfigError, TreePOError
+from treepo.files import writing
+from treepo.run.config import Config
 from treepo.studies.study import Cell, Result, Stopped, Study, Watch, of_cell
 
 AGAIN = "mend it, and the same command goes on"

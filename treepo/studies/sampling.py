@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from treepo.actor import Actor
-from treepo.assembly import build_actor
-from treepo.config import Config, changed
 from treepo.errors import ConfigError
 from treepo.evaluate import correct, final_answers, maj_at_k, pass_at_k
+from treepo.rollouts import Actor
+from treepo.run.build import build_actor
+from treepo.run.config import Config, changed
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.studies.statistics import Mean
 from treepo.studies.study import (

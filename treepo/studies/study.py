@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field
 
-from treepo.assembly import build_actor
-from treepo.config import Config, changed
+from treepo.run.build import build_actor
+from treepo.run.config import Config, changed
 from treepo.settings import Settings
 from treepo.studies.statistics import Mean
 

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from treepo.config import Config, changed
 from treepo.errors import ConfigError
-from treepo.folder import Metrics, read_metrics
+from treepo.run.config import Config, changed
+from treepo.run.folder import Metrics, read_metrics
+from treepo.run.trainer import Observer, Trainer
 from treepo.studies.statistics import Mean, at, band, paired
 from treepo.studies.study import (
     START,
@@ -31,7 +32,6 @@ from treepo.studies.study import (
     by_arm,
     starting_model,
 )
-from treepo.trainer import Observer, Trainer
 
 SCORE = "pass_at_1"  # what arms are compared by: held-out, sampled
 

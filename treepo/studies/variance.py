@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from treepo.actor import Actor
-from treepo.advantages import RLOO, Estimator, TreePO, TreePOSegment, advantages
-from treepo.assembly import build_actor
-from treepo.config import Config
+from treepo.advantages import RLOO, AnyEstimator, TreePO, TreePOSegment
 from treepo.errors import ConfigError
 from treepo.evaluate import final_answers
 from treepo.forest import Forest, Ints
-from treepo.gradient import accumulate
-from treepo.packing import fold, pack
+from treepo.learner.gradient import accumulate
+from treepo.learner.packing import fold, pack
+from treepo.rollouts import Actor
+from treepo.run.build import build_actor
+from treepo.run.config import Config
 from treepo.studies.statistics import Mean
 from treepo.studies.study import (
     START,
@@ -41,11 +41,11 @@ from treepo.studies.study import (
     starting_cells,
     starting_model,
 )
-from treepo.tree import Rollout
+from treepo.tree import ScoredTree
 
 TRUTH = "truth"  # the stage that measures the direction that all others are compared with
 UNBIASED = "leave one out"  # of independent answers: the policy gradient itself
-ESTIMATORS: dict[str, Estimator] = {UNBIASED: RLOO(), "treepo": TreePO(), "segment": TreePOSegment()}
+ESTIMATORS: dict[str, AnyEstimator] = {UNBIASED: RLOO(), "treepo": TreePO(), "segment": TreePOSegment()}
 
 
 class Variance(Study):
@@ -174,7 +174,7 @@ class Variance(Study):
         )
 
 
-def _sampled(actor: Actor, rollouts: Sequence[Rollout]) -> Result:
+def _sampled(actor: Actor, rollouts: Sequence[ScoredTree]) -> Result:
     trees = [r.tree for r in rollouts]
     tokens = sum(tree.unique_tokens for tree in trees)
     return {
@@ -186,14 +186,14 @@ def _sampled(actor: Actor, rollouts: Sequence[Rollout]) -> Result:
 
 
 def moments(
-    config: Config, model: PreTrainedModel, rollouts: Sequence[Rollout], estimator: Estimator, file: Path
+    config: Config, model: PreTrainedModel, rollouts: Sequence[ScoredTree], estimator: AnyEstimator, file: Path
 ) -> dict[str, float | str]:
     """The mean of the gradients of `rollouts`, saved in `file`.
 
     With it unbiased estimates of the square of the true mean's length, and of the trace of their covariance.
     """
     forest = Forest.of(rollouts)
-    folded = fold(forest, advantages(estimator, forest), config.loss.shared_tokens)
+    folded = fold(forest, estimator(forest), config.loss.shared_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
     squares = 0.0

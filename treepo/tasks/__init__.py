@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,9 @@ class Problem:
     id: str  # unique in its split; seeds are derived from it
     prompt: str  # as the user wrote it; `Task.encode` applies a chat template
     answer: str
+    columns: Mapping[str, Any] = field(
+        default_factory=dict, hash=False
+    )  # more that the reward may need, as JSON values
 
 
 class Task(Protocol):

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from treepo.errors import ConfigError, TaskError, nearest
-from treepo.named import named
 from treepo.seeds import derive
 from treepo.settings import Settings
 from treepo.tasks import Problem, Split
 from treepo.tasks.math import boxed, equivalent
+from treepo.user_code import imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,6 +272,6 @@ def _line(error: Exception) -> str:
 def _function(spec: str) -> Callable[..., Any]:
     """The user's reward function `module:function`."""
     try:
-        return named(spec)
+        return imported(spec)
     except ConfigError as error:
         raise TaskError(f"task.reward: {error}") from error

@@ -1,0 +1,78 @@
+"""The study of gradient noise: moments against gradients taken one answer at a time, estimates against known truths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.packed_oracle import models
+from tests.support.random_trees import grow_random
+from tests.support.small_runs import small_config
+from treepo.advantages import RLOO
+from treepo.studies.statistics import Mean
+from treepo.studies.variance import moments
+from treepo.tree import ScoredTree
+
+
+def answers(rewards: dict[int, list[float]]) -> list[ScoredTree]:
+    return [ScoredTree(str(seed), grow_random(seed, leaves=6), given) for seed, given in rewards.items()]
+
+
+def scored() -> list[ScoredTree]:
+    trees = {seed: grow_random(seed, leaves=6) for seed in range(5)}
+    return answers({s: [float((leaf + s) % 2) for leaf in range(len(t.leaves()))] for s, t in trees.items()})
+
+
+def test_moments_are_those_of_gradients_taken_one_answer_at_a_time(tmp_path: Path) -> None:
+    packed, plain = models("llama", torch.float64)
+    rollouts, config = scored(), small_config(tmp_path)
+    each = []
+    for rollout in rollouts:
+        plain.zero_grad()
+        rewards = np.array(rollout.rewards)
+        for leaf, reward in zip(rollout.tree.leaves(), rewards, strict=True):
+            others = (rewards.sum() - reward) / max(1, len(rewards) - 1)
+            prompt, response = rollout.tree.prompt, rollout.tree.response(leaf)
+            ids = torch.tensor([[*prompt, *response]])
+            logprob = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
+            (-(reward - others) * logprob.sum()).backward()
+        each.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
+    gradients = torch.stack(each)
+    found = moments(config, packed, rollouts, RLOO(), tmp_path / "g.safetensors")
+    mean = load_file(found["gradient"])["mean"].double()
+    assert torch.allclose(mean, gradients.mean(0), atol=1e-5 * float(gradients.abs().max()))
+    trace = float(gradients.var(0).sum())
+    assert found["trace"] == pytest.approx(trace, rel=1e-6)
+    assert found["square"] == pytest.approx(float(gradients.mean(0).square().sum()) - trace / 5, rel=1e-6)
+
+
+def test_queries_without_spread_count_as_gradients_of_zero(tmp_path: Path) -> None:
+    packed, _ = models("llama", torch.float64)
+    some = scored()
+    flat = [ScoredTree(r.problem_id, r.tree, [1.0] * len(r.rewards)) for r in some]
+    alone, diluted = (
+        moments(small_config(tmp_path), packed, given, RLOO(), tmp_path / f"{len(given)}.safetensors")
+        for given in (some, some + flat)
+    )
+    means = [load_file(found["gradient"])["mean"] for found in (alone, diluted)]
+    assert torch.allclose(means[0], 2 * means[1])
+    # E |g|^2 = trace + square is halved.
+    assert diluted["trace"] + diluted["square"] == pytest.approx((alone["trace"] + alone["square"]) / 2, rel=1e-6)
+
+
+def test_the_jackknife_of_a_mean_is_students_interval_and_takes_the_bias_off_a_square() -> None:
+    values = np.random.default_rng(0).normal(2, 3, (4000, 6))
+    seeds = range(6)
+    found, plain = Mean.jackknife(seeds, lambda some: float(values[0, list(some)].mean())), Mean.of(values[0].tolist())
+    assert found and (found.mean, found.low, found.high) == pytest.approx((plain.mean, plain.low, plain.high))
+    squares = [Mean.jackknife(seeds, lambda some, v=v: float(v[list(some)].mean() ** 2)).mean for v in values]
+    assert np.mean(squares) == pytest.approx(4, abs=0.15), "the plain square is 4 + 9 / 6 on average"
+
+
+def test_the_jackknife_needs_every_part() -> None:
+    assert Mean.jackknife(range(3), lambda some: None if 1 not in some else 1.0) is None
+    assert Mean.jackknife([4], lambda some: float(len(some))) == Mean(1.0, None, None, 1)

@@ -1,0 +1,1 @@
+"""The learner: scored trees in, optimizer steps out. It knows no configuration, no folder and no engine."""

@@ -1,0 +1,185 @@
+"""Packing: many trees as one row of tokens, each token once, and no more than the loss needs to know about it.
+
+Letters: T tokens of a row, N nodes, L leaves, D most nodes on a path below the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treepo.forest import Floats, Forest, Ints
+from treepo.tree import ROOT, ScoredTree, Tree
+
+Singles = NDArray[np.float32]
+
+Shared = Literal["sum", "mean", "sqrt"]
+"""What a token that k trained leaves share weighs in the loss: as much as k tokens, as one, or as the root of k."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Advantages per (leaf, node) folded to sums per node, which is all that a clipped loss needs.
+
+    A shared token enters the loss once for each leaf below it, with that leaf's advantage A but one ratio r. The sum
+    of min(rA, clip(r)A) over the leaves is A+ min(r, 1 + high) + A- max(r, 1 - low), where A+ and A- are the sums of
+    the positive and of the negative advantages; their total alone would not do.
+    """
+
+    adv_pos: Floats  # [N] >= 0; 0 for roots
+    adv_neg: Floats  # [N] <= 0; 0 for roots
+    weight: Floats  # [N] what one of its tokens weighs: with `sum`, the trained leaves at or below the node
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A row of T tokens: whole trees one after the other, each in depth-first order, the deepest child first.
+
+    So every chain from a node down its first children is contiguous in the row, and so is every subtree. Which token
+    sees which follows from `end` alone (`treepo.models.attention.visible`).
+    """
+
+    token_ids: Ints  # [T]
+    position: Ints  # [T] tokens between the start of the tree and this one on its path
+    prev: Ints  # [T] row index of the token that predicts this one; -1 for the first of a tree
+    end: Ints  # [T] row index just past the subtree of the token's node
+    rollout_logprob: Singles  # [T] of the distribution sampled from, in nats; 0 on prompts
+    adv_pos: Singles  # [T] `Folded.adv_pos` of the token's node; 0 on prompts
+    adv_neg: Singles  # [T]
+    weight: Singles  # [T] `Folded.weight`; 0 on prompts
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def fold(forest: Forest, advantage: Floats, shared: Shared = "sum") -> Folded:
+    """Sum `advantage` over the leaves through each node, the positive and the negative ones apart.
+
+    `advantage` [L, D + 1] is aligned with `forest.path`: one number per leaf and node on its path. Column 0 (prompts)
+    and entries beyond a path's end are ignored.
+
+    With `sum` every leaf counts on every one of its tokens, as if it were a row of its own (TreePO, Tree-GRPO). `mean`
+    divides the sums by the number k of leaves, so that a shared token counts once (SPO), and `sqrt` by the root of k
+    (TreeRL, AttnRL). Equivalent is a weight of 1, 1 / k or 1 / sqrt(k) on each (leaf, token) pair.
+    """
+    if advantage.shape != forest.path.shape:
+        raise ValueError(f"advantages of shape {advantage.shape} for paths of shape {forest.path.shape}")
+    response = advantage.astype(np.float64)
+    response[:, :1] = 0.0
+    share = np.maximum(forest.leaf_count, 1.0) ** {"sum": 0.0, "sqrt": -0.5, "mean": -1.0}[shared]  # [N] of a pair
+    return Folded(
+        adv_pos=forest.over_leaves(np.maximum(response, 0.0)) * share,
+        adv_neg=forest.over_leaves(np.minimum(response, 0.0)) * share,
+        weight=forest.leaf_count * share,
+    )
+
+
+def pack(rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatch:
+    """One row of the trees `rollouts[t]` for t in `which`, in that order.
+
+    `forest` and `folded` are those of all `rollouts`. Nodes with no trained leaf below are left out, and so are trees
+    without any.
+    """
+    node: list[int] = []  # [n] forest index of each packed node
+    tokens: list[list[int]] = []  # [n] what it adds
+    logprobs: list[list[float]] = []
+    position: list[int] = []  # [n] of its first token
+    prev: list[int] = []  # [n] row of the token that predicts its first one
+    end: list[int] = []  # [n]
+    row = 0
+    for t in which:
+        tree, first = rollouts[t].tree, int(forest.first_node[t])
+        order = _depth_first(tree, _trained(forest, folded, t))
+        size = _subtree_tokens(tree, order)
+        last = {-1: -1}  # tree node -> row of its last token
+        for n in order:
+            here = tree.nodes[n]
+            node.append(first + n)
+            tokens.append(here.tokens)
+            logprobs.append(here.logprobs if n != ROOT else [0.0] * len(here.tokens))
+            position.append(here.start)
+            prev.append(last[here.parent])
+            end.append(row + size[n])
+            row += len(here.tokens)
+            last[n] = row - 1
+
+    length = np.array([len(t) for t in tokens], np.int64)
+    first_row = np.cumsum(length) - length
+    rows = np.arange(row)
+    predicted_by = rows - 1
+    has = length > 0  # a failed leaf may add nothing
+    predicted_by[first_row[has]] = np.array(prev, np.int64)[has]
+    of = np.repeat(np.array(node, np.int64), length)  # [T]
+    response = np.ones(len(forest.length), np.float32)
+    response[forest.first_node[:-1]] = 0.0
+    return PackedBatch(
+        token_ids=np.fromiter(chain.from_iterable(tokens), np.int64, row),
+        position=np.repeat(np.array(position, np.int64) - first_row, length) + rows,
+        prev=predicted_by,
+        end=np.repeat(np.array(end, np.int64), length),
+        rollout_logprob=np.fromiter(chain.from_iterable(logprobs), np.float32, row),
+        adv_pos=folded.adv_pos[of].astype(np.float32),
+        adv_neg=folded.adv_neg[of].astype(np.float32),
+        weight=folded.weight[of].astype(np.float32) * response[of],
+    )
+
+
+def bins(
+    rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: Sequence[int], max_tokens: int
+) -> list[list[int]]:
+    """Distribute the trees `which` over rows of at most `max_tokens` packed tokens, by first-fit decreasing.
+
+    The same trees give the same rows. Trees without a trained leaf are in no row. A tree that alone has more than
+    `max_tokens` tokens gets a row of its own, which `treepo.learner.row_pieces` cuts.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    size = {t: _packed_tokens(rollouts[t].tree, _trained(forest, folded, t)) for t in which}
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for t in sorted((t for t in size if size[t]), key=lambda t: (-size[t], t)):
+        row = next((r for r, free in enumerate(room) if size[t] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_tokens)
+        rows[row].append(t)
+        room[row] -= size[t]
+    return rows
+
+
+def _trained(forest: Forest, folded: Folded, t: int) -> NDArray[np.bool_]:
+    """[nodes of tree t] whether a trained leaf is at or below the node."""
+    return folded.weight[forest.first_node[t] : forest.first_node[t + 1]] > 0
+
+
+def _packed_tokens(tree: Tree, kept: NDArray[np.bool_]) -> int:
+    return sum(len(node.tokens) for node, keep in zip(tree.nodes, kept, strict=True) if keep)
+
+
+def _depth_first(tree: Tree, kept: NDArray[np.bool_]) -> list[int]:
+    """The kept nodes, parents first, and of several children the one with the longest path (in tokens) first."""
+    downward = [ROOT] if kept[ROOT] else []
+    for n in downward:
+        downward.extend(child for child in tree.children[n] if kept[child])
+    reach = [0] * len(tree)  # tokens from the start of a node to the end of its longest path
+    for n in reversed(downward):
+        reach[n] = len(tree.nodes[n].tokens) + max((reach[child] for child in tree.children[n]), default=0)
+    order, todo = [], downward[:1]
+    while todo:
+        order.append(n := todo.pop())
+        children = [child for child in tree.children[n] if kept[child]]
+        todo.extend(sorted(children, key=lambda child: (reach[child], -child)))
+    return order
+
+
+def _subtree_tokens(tree: Tree, order: list[int]) -> dict[int, int]:
+    """Packed tokens of each node's subtree, its own included."""
+    size = {n: len(tree.nodes[n].tokens) for n in order}
+    for n in reversed(order[1:]):
+        size[tree.nodes[n].parent] += size[n]
+    return size

@@ -1,0 +1,1 @@
+"""Causal language models of transformers: loading, adapters, and the attention seam that plans go through."""

@@ -1,0 +1,109 @@
+"""A run's folder: `config.yaml`, `metrics.jsonl`, `trees/`, `checkpoints/`, and what a killed run may leave in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from treepo import __version__
+from treepo.errors import ConfigError
+from treepo.files import forget_parts, whole_file, writing
+from treepo.run import checkpoint
+from treepo.run import config as configuration
+from treepo.run.config import Config
+from treepo.tree import ScoredTree, write_trees
+
+Metrics = dict[str, Any]
+
+REMEDY = "mend it, and continue with --resume"
+
+# What a resumed run may set anew: how long to train, and what to evaluate, keep and report on the way.
+MAY_CHANGE = {"trainer": {"steps", "eval_every", "save_every", "keep_checkpoints", "save_trees_every", "trackers"}}
+
+
+class RunFolder:
+    """Belongs to one run; one that holds a run already is refused unless that run is resumed with its own settings.
+
+    `claim` makes it this run's, once all that can be checked beforehand is.
+    """
+
+    def __init__(self, config: Config, *, resume: bool) -> None:
+        self.path = Path(config.out)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self._config = config
+        self._resolved = self.path / "config.yaml"
+        if self._resolved.exists():
+            if not resume:
+                raise ConfigError(
+                    f"out: {self.path} holds a run already: continue it with --resume, or choose another (out=...)"
+                )
+            self._require_same(configuration.load(self._resolved), config)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: cannot write to {self.path}: {error.strerror}") from error
+
+    def claim(self) -> None:
+        """Write the resolved configuration."""
+        with writing(self.path, REMEDY):
+            header = f"# treepo {__version__}\n"
+            self._resolved.write_text(header + configuration.dump(self._config), encoding="utf-8")
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return checkpoint.latest(self.checkpoints)
+
+    def record(self, metrics: Metrics) -> None:
+        """Append a line to `metrics.jsonl`."""
+        with writing(self.metrics, REMEDY), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def write_trees(self, step: int, rollouts: Sequence[ScoredTree]) -> None:
+        """Keep the rollouts of a step."""
+        trees = self.path / "trees"
+        with writing(trees, REMEDY):
+            trees.mkdir(exist_ok=True)
+            write_trees(trees / f"step-{step:06d}.jsonl.gz", rollouts)
+
+    def forget_after(self, step: int | None) -> None:
+        """Drop what a killed run reported after its last checkpoint (None: it had none): it will be done again."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if step is not None and x.endswith("\n") and json.loads(x)["step"] <= step]
+            with whole_file(self.metrics) as part:
+                part.write_text("".join(kept), encoding="utf-8")
+        for file in (self.path / "trees").glob("step-*.jsonl.gz"):
+            if step is None or int(file.name[5:11]) > step:
+                file.unlink()
+        forget_parts(self.checkpoints)
+
+    def _require_same(self, before: Config, now: Config) -> None:
+        for name, old, new in _differences(_binding(before), _binding(now)):
+            raise ConfigError(
+                f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume with its own settings "
+                f"({self.path / 'config.yaml'}), or start another run (out=...)"
+            )
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """The lines of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _binding(config: Config) -> dict[str, Any]:
+    values = config.model_dump(mode="json")
+    del values["out"]  # the folder may have moved
+    for section, names in MAY_CHANGE.items():
+        values[section] = {key: value for key, value in values[section].items() if key not in names}
+    return values
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif old != new:
+        yield name, old, new
