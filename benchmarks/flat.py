@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from treepo.forest import Forest
-from treepo.learner.loss import LossSettings, policy_loss
+from treepo.learner.loss import PolicyLoss, policy_loss
 from treepo.models.causal_lm import prepare, token_logprobs
 from treepo.tree import ScoredTree
 
@@ -74,7 +74,7 @@ class FlatRows:
             logprob = token_logprobs(model, states[:, :-1][wanted], ids[:, 1:][wanted])[0]
             advantage = torch.as_tensor(np.concatenate([adv for _, _, adv in rows]))
             signs = (advantage.clamp(min=0), advantage.clamp(max=0), torch.ones_like(advantage))
-            loss, _ = policy_loss(LossSettings(), logprob, None, *signs, self.total)
+            loss, _ = policy_loss(PolicyLoss(), logprob, None, *signs, self.total)
             loss.backward()
             parts = logprob.detach().split([len(adv) for _, _, adv in rows])
             found += [(tokens, part) for (tokens, *_), part in zip(rows, parts, strict=True)]

@@ -33,9 +33,9 @@ from transformers import PreTrainedModel
 from benchmarks import report
 from benchmarks.flat import VOCABULARY, FlatRows, new_model
 from treepo.forest import Forest, Ints
-from treepo.learner.gradient import accumulate
-from treepo.learner.loss import LossSettings, policy_loss
-from treepo.learner.packing import PackedBatch, bins, fold, pack
+from treepo.learner.gradient import backward_row
+from treepo.learner.loss import PolicyLoss, policy_loss
+from treepo.learner.packing import PackedBatch, bins, fold, pack_row
 from treepo.learner.row_pieces import pieces, tokens_held
 from treepo.tree import ROOT, ScoredTree, Stop, Tree
 
@@ -75,7 +75,7 @@ def _compare(
     advantage = rng.standard_normal(forest.path.shape)
     folded, every = fold(forest, advantage), range(len(rollouts))
     # One tree a row, as `bins` does under a small budget: on a CPU that is as fast as one row of all, and leaner.
-    batches = [pack(rollouts, forest, folded, which) for which in bins(rollouts, forest, folded, every, max_tokens=1)]
+    batches = [pack_row(forest, folded, which) for which in bins(forest, folded, every, max_tokens=1)]
     flat = FlatRows(rollouts, forest, advantage)
 
     def packed_step(max_tokens: int) -> list[Tensor]:
@@ -83,7 +83,7 @@ def _compare(
         found = []
         for batch in batches:
             logprobs = torch.zeros(len(batch))
-            accumulate(model, batch, partial(_loss, batch, flat.total, logprobs), max_tokens=max_tokens)
+            backward_row(model, batch, partial(_loss, batch, flat.total, logprobs), max_tokens=max_tokens)
             found.append(logprobs)
         return found
 
@@ -133,7 +133,7 @@ def _loss(batch: PackedBatch, total: float, found: Tensor, rows: Ints, logprob: 
     """The policy loss of `rows`, whose log-probs are kept in `found` [T]."""
     found[torch.as_tensor(rows)] = logprob.detach()
     arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
-    return policy_loss(LossSettings(), logprob, None, *arrays, total)[0]
+    return policy_loss(PolicyLoss(), logprob, None, *arrays, total)[0]
 
 
 def _operations(model: PreTrainedModel, rows: Sequence[Ints]) -> float:

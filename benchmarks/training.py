@@ -30,9 +30,9 @@ from treepo.advantages import GRPO, TreePO
 from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
 from treepo.forest import Forest, Ints
-from treepo.learner.gradient import accumulate
-from treepo.learner.loss import LossSettings, policy_loss
-from treepo.learner.packing import PackedBatch, bins, fold, pack
+from treepo.learner.gradient import backward_row
+from treepo.learner.loss import PolicyLoss, policy_loss
+from treepo.learner.packing import PackedBatch, bins, fold, pack_row
 from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import ScoredTree, Tree
@@ -142,12 +142,12 @@ def _tree_step(
     clock.lap("sample")
     forest = Forest.of(rollouts)
     folded = fold(forest, TreePO()(forest))
-    rows = bins(rollouts, forest, folded, range(len(rollouts)), max_tokens)
-    batches = [pack(rollouts, forest, folded, which) for which in rows]
+    rows = bins(forest, folded, range(len(rollouts)), max_tokens)
+    batches = [pack_row(forest, folded, which) for which in rows]
     total = sum(float(batch.weight.sum()) for batch in batches)
     clock.lap("rest")
     for batch in batches:
-        accumulate(model, batch, partial(_loss, batch, total), max_tokens=max_tokens)
+        backward_row(model, batch, partial(_loss, batch, total), max_tokens=max_tokens)
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
@@ -156,7 +156,7 @@ def _tree_step(
 
 def _loss(batch: PackedBatch, total: float, rows: Ints, logprob: Tensor, _: Tensor) -> Tensor:
     arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
-    return policy_loss(LossSettings(), logprob, None, *arrays, total)[0]
+    return policy_loss(PolicyLoss(), logprob, None, *arrays, total)[0]
 
 
 def _grpo_step(

@@ -25,6 +25,7 @@ ORDER = [
     "settings",
     "files",
     "user_code",
+    "event_loop",
     "distributed",
     "tree",
     "forest",
@@ -34,6 +35,8 @@ ORDER = [
     "tasks.program",
     "tasks.lock",
     "tasks.dataset",
+    "tasks.any",
+    "tasks.listed",
     "tasks.scoring",
     "tasks.worker",
     "advantages.estimator",
@@ -45,6 +48,7 @@ ORDER = [
     "advantages.treerl",
     "advantages",
     "models",
+    "models.settings",
     "models.attention.plan",
     "models.attention.chains",
     "models.attention.tiling",
@@ -83,17 +87,20 @@ ORDER = [
     "evaluate",
     "warmup",
     "learner",
+    "learner.settings",
     "learner.packing",
     "learner.row_pieces",
-    "learner.gradient",
     "learner.loss",
+    "learner.gradient",
     "learner.update",
     "run",
-    "run.config",
-    "run.build",
+    "run.metrics",
     "run.checkpoint",
     "run.folder",
+    "run.tracking",
     "run.trainer",
+    "run.config",
+    "run.build",
     "studies.statistics",
     "studies.study",
     "studies.training",
@@ -115,6 +122,7 @@ ORDER = [
     "serve.app",
     "serve.run",
     "cli",
+    "__main__",
 ]
 MODULES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
@@ -177,12 +185,26 @@ print(json.dumps([loaded, help.getvalue()]))
     assert "doctor" in text
 
 
-def test_everything_public_is_there_and_in_order():
-    assert sorted(treepo.__all__, key=str.casefold) == sorted(treepo._HOME.keys() | {"__version__"}, key=str.casefold)
+def test_everything_public_is_there():
+    assert {"TreePO", "Trainer", "Sampler", "accumulate", "pack", "policy_loss", "__version__"} <= set(treepo.__all__)
     for name in treepo.__all__:
         assert getattr(treepo, name) is not None
-    with pytest.raises(AttributeError, match="no attribute 'Treee'"):
+    with pytest.raises(AttributeError, match="Treee"):
         treepo.Treee  # noqa: B018
+
+
+def test_earlier_names_still_work_and_say_what_they_are_called_now():
+    with pytest.warns(DeprecationWarning, match=r"treepo\.Rollout is called treepo\.ScoredTree now"):
+        assert treepo.Rollout is treepo.ScoredTree
+
+
+def test_no_two_classes_have_one_name():
+    found = {}
+    for name, file in MODULES.items():
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(name)
+    assert {name: where for name, where in found.items() if len(where) > 1} == {}
 
 
 @pytest.mark.parametrize("name", ORDER)

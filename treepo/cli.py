@@ -82,10 +82,10 @@ def train(
     _quiet()
     from treepo.report.console import Progressing, held_out_table, print_saved
     from treepo.report.curve import draw_curve
-    from treepo.run.trainer import Trainer
+    from treepo.run.build import training
 
     progress = Progressing(console, settings.trainer.steps)
-    with progress, Trainer(settings, resume=resume, observer=progress) as trainer:
+    with progress, training(settings, resume=resume, observer=progress) as trainer:
         begun = trainer.state.step
         console.quiet = not trainer.processes.main
         if begun:
@@ -144,17 +144,18 @@ def sample(
             with writing(out, "choose another --out"):
                 out.write_bytes(b"")
 
-        def finished(_: int, rollout: ScoredTree) -> None:
+        def finished(_: int, tree: ScoredTree) -> None:
             if out is not None:
                 with writing(out, "choose another --out"):
-                    append_tree(out, rollout)
-            growing.add(rollout)
+                    append_tree(out, tree)
+            growing.add(tree)
 
         with Growing(console, [problem.id for problem in chosen]) as growing:
-            rollouts = actor.rollouts(keyed, settings.sampler, settings.seed, on_rollout=finished)
+            sampler = actor.sampler(settings.sampler)
+            trees = actor.sample(keyed, sampler, settings.seed, on_tree=finished).trees
         if not console.is_terminal:
-            console.print(rollout_table(rollouts))
-        drawings = [drawing(rollout, actor.decode, max(20, console.width - 40)) for rollout in rollouts[:draw]]
+            console.print(rollout_table(trees))
+        drawings = [drawing(tree, actor.decode, max(20, console.width - 40)) for tree in trees[:draw]]
         for drawn in drawings:
             console.print("", drawn, sep="\n")
     if svg is not None:
@@ -186,7 +187,7 @@ def evaluate_(
     with build_actor(settings) as actor, _bar("evaluating") as report:
         found = evaluate(actor, settings.sampler, settings.evaluate, settings.seed, report)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(found.metrics()))
     else:
         console.print(held_out_table([(Path(settings.model.path or "new model").name, found)]))
 
@@ -274,7 +275,7 @@ def serve(
     import torch
 
     from treepo.engines.settings import LocalSettings
-    from treepo.models.causal_lm import ModelSettings
+    from treepo.models.settings import ModelSettings
     from treepo.run.config import valid
     from treepo.serve.run import Serving, serve
 

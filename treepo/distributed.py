@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -22,6 +21,14 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+
+    @classmethod
+    def started(cls, *, cpu: bool) -> Self:
+        """The processes that torchrun or accelerate started, ready to talk to each other; without them, one process."""
+        from accelerate import PartialState
+
+        state = PartialState(cpu=cpu)
+        return cls(state.process_index, state.num_processes)
 
     @property
     def main(self) -> bool:
@@ -37,18 +44,18 @@ class Processes:
         if self.count == 1:
             return list(mine)
         numbered = [(self.rank + i * self.count, item) for i, item in enumerate(mine)]
-        return [item for _, item in sorted(gather_object(numbered), key=lambda pair: pair[0])]
+        return [item for _, item in sorted(_gathered(numbered), key=lambda pair: pair[0])]
 
     def any(self, flag: bool) -> bool:
         """Whether it holds in some process."""
-        return flag if self.count == 1 else any(gather_object([flag]))
+        return flag if self.count == 1 else any(_gathered([flag]))
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """The sum of each value over the processes that have it."""
         if self.count == 1:
             return values
         found: dict[str, float] = {}
-        for other in gather_object([values]):
+        for other in _gathered([values]):
             for name, value in other.items():
                 found[name] = found.get(name, 0.0) + value
         return found
@@ -57,6 +64,8 @@ class Processes:
         """Replace each gradient by the sum over all processes; none counts as zero."""
         if self.count == 1:
             return
+        import torch
+
         for parameter in parameters:
             if parameter.requires_grad:
                 if parameter.grad is None:
@@ -66,9 +75,19 @@ class Processes:
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with those of the main process."""
         if self.count > 1:
+            import torch
+
             for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, src=0)
 
     def wait(self) -> None:
         """Return once all processes are here."""
         self.any(False)
+
+
+def _gathered(items: list[Any]) -> list[Any]:
+    """The items of all processes, process by process."""
+    from accelerate.utils import gather_object
+
+    found: list[Any] = gather_object(items)
+    return found

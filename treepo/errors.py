@@ -3,7 +3,8 @@
     TreePOError
     |-- ConfigError   a setting, a command line or a model folder cannot be used as given
     |-- TaskError     a problem, a data file or a reward function is at fault
-    `-- EngineError   the world: a server is down, a request timed out, memory ran out
+    |-- EngineError   the world: a server is down, a request timed out, memory ran out
+    `-- DivergenceError   an update made numbers that are not finite
 
 Messages say where, what was given, what is allowed, and how to mend it, in one line. Anything else that
 escapes is a bug of ours and is never caught.
@@ -29,6 +30,10 @@ class TaskError(TreePOError):
 
 class EngineError(TreePOError):
     """An inference engine could not answer; raised at the engine's edge only."""
+
+
+class DivergenceError(TreePOError):
+    """An update was not applied, because its gradient is not finite."""
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:

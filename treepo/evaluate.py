@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import comb
 from typing import Any
 
@@ -60,9 +60,18 @@ class Evaluation:
     response_tokens: float  # mean length of a sampled response
     unscored: int  # responses without a known reward; they count as wrong
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers, for metrics.jsonl."""
-        return asdict(self)
+    def metrics(self) -> dict[str, float | int]:
+        """Plain numbers under the names of metrics.jsonl, such as `eval/sampled/pass@1` and its `.../low`."""
+        means = {
+            "eval/greedy/pass@1": self.greedy,
+            "eval/sampled/pass@1": self.pass_at_1,
+            f"eval/sampled/pass@{self.samples}": self.pass_at_k,
+            f"eval/sampled/maj@{self.samples}": self.maj_at_k,
+        }
+        found: dict[str, float | int] = {"eval/problems": self.problems, "eval/samples": self.samples}
+        for name, estimate in means.items():
+            found |= {name: estimate.mean, f"{name}/low": estimate.low, f"{name}/high": estimate.high}
+        return found | {"eval/response_tokens/mean": self.response_tokens, "eval/reward/unknown": self.unscored}
 
 
 def evaluate(
@@ -86,7 +95,7 @@ def evaluate(
     one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
     asked = [(f"greedy/{key}", problem) for key, problem in keyed] + keyed
     shapes = [one] * len(keyed) + [iid] * len(keyed)
-    answered = actor.rollouts(asked, shapes, seed, on_progress=on_progress)
+    answered = actor.sample(asked, [actor.sampler(shape) for shape in shapes], seed, on_progress=on_progress).trees
     greedy, sampled = answered[: len(keyed)], answered[len(keyed) :]
     right = correct(sampled, settings.correct_at)
     lengths = [r.tree.response_length(leaf) for r in sampled for leaf in r.tree.leaves()]

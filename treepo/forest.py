@@ -19,25 +19,26 @@ Bools = NDArray[np.bool_]
 class Forest:
     """N nodes of all trees, L leaves with a known reward, paths of at most D + 1 nodes (root first).
 
-    Node n of the t-th rollout has the index `first_node[t] + n`. Leaves without a reward have no row: they take part in
+    Node n of tree t has the index `first_node[t] + n`. Leaves without a reward have no row: they take part in
     no group and are not trained on.
     """
 
-    first_node: Ints  # [number of rollouts + 1]
+    trees: tuple[ScoredTree, ...]  # where its nodes are from, in order
+    first_node: Ints  # [trees + 1]
     parent: Ints  # [N] node index; -1 for roots
     length: Ints  # [N] tokens that the policy sampled in the node; 0 for roots and for what tools have added
     lower: Bools  # [N] whether it is the lower part of a segment that was split (`Tree.split`); its parent is the upper
     leaf: Ints  # [L] node index of each leaf
-    tree: Ints  # [L] index of each leaf's rollout
+    tree: Ints  # [L] index of each leaf's tree
     depth: Ints  # [L] nodes on the path below the root; >= 1
     path: Ints  # [L, D + 1] node indices from the root to the leaf, then -1
     rewards: Floats  # [L]
 
     @classmethod
-    def of(cls, rollouts: Sequence[ScoredTree]) -> Forest:
-        """The arrays of `rollouts`, in their order."""
-        first_node = np.cumsum([0, *(len(r.tree) for r in rollouts)])
-        nodes = [node for r in rollouts for node in r.tree.nodes]
+    def of(cls, trees: Sequence[ScoredTree]) -> Forest:
+        """The arrays of `trees`, in their order."""
+        first_node = np.cumsum([0, *(len(scored_tree.tree) for scored_tree in trees)])
+        nodes = [node for scored_tree in trees for node in scored_tree.tree.nodes]
         parent = np.fromiter((node.parent for node in nodes), np.int64, len(nodes))
         length = np.fromiter((len(node.tokens) if node.sampled else 0 for node in nodes), np.int64, len(nodes))
         offset = np.repeat(first_node[:-1], np.diff(first_node))
@@ -47,14 +48,14 @@ class Forest:
         lower = (parent >= 0) & (segments == segments[parent])
         scored = [
             (t, leaf, reward)
-            for t, r in enumerate(rollouts)
-            for leaf, reward in zip(r.tree.leaves(), r.rewards, strict=True)
+            for t, scored_tree in enumerate(trees)
+            for leaf, reward in zip(scored_tree.tree.leaves(), scored_tree.rewards, strict=True)
             if reward is not None
         ]
         tree = np.array([t for t, _, _ in scored], np.int64)
         leaf = np.array([n for _, n, _ in scored], np.int64) + first_node[tree]
         rewards = np.array([reward for _, _, reward in scored], np.float64)
-        return cls(first_node, parent, length, lower, leaf, tree, *_paths(leaf, parent), rewards)
+        return cls(tuple(trees), first_node, parent, length, lower, leaf, tree, *_paths(leaf, parent), rewards)
 
     def over_leaves(self, values: NDArray[np.float64]) -> Floats:
         """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""

@@ -1,8 +1,7 @@
-"""The actor: everything between a list of problems and scored rollouts."""
+"""From problems to scored trees: a policy at work on a task."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -10,21 +9,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from types import TracebackType
-from typing import Any, Self, TypeVar
-
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from treepo.distributed import Processes
 from treepo.engines import Engine
 from treepo.errors import ConfigError, TaskError
-from treepo.models import causal_lm
-from treepo.sampler import Sampler, SamplerSettings, together
+from treepo.event_loop import EventLoop
+from treepo.sampler import Sampler, SamplerSettings, TreeSampler, together
 from treepo.tasks import Problem, Task
-from treepo.tasks.scoring import Score, Scorer
+from treepo.tasks.scoring import Score, Scorer, ScoringSettings
 from treepo.tree import ScoredTree, Stop, Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Keyed = tuple[str, Problem]
+"""A key that is unique among what is sampled together, and a problem."""
 
 
 def require_room(engine: Engine, sampler: SamplerSettings) -> None:
@@ -50,12 +52,20 @@ def require_room(engine: Engine, sampler: SamplerSettings) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The scored trees of some problems, and how long they took."""
+
+    trees: list[ScoredTree]
+    sample_s: float  # until the last tree was complete
+    score_s: float  # from then on: waiting for the rewards that were still missing
+
+
 @dataclass(frozen=True)
 class Actor:
-    """A policy at work on a task: encodes problems, grows their trees, scores the leaves.
+    """A policy at work on a task: it encodes problems, has their trees grown, and scores the leaves.
 
-    A context manager: `close` ends the scorer, the engine and their event loop, which is one for all calls, because
-    an engine's connections belong to the loop that made them.
+    A context manager: `close` ends the scorer, the engine and their event loop.
     """
 
     task: Task
@@ -63,10 +73,39 @@ class Actor:
     model: PreTrainedModel
     engine: Engine
     scorer: Scorer
-    # Spent so far: until the last tree was complete, and then on waiting for the rewards that were still missing.
-    seconds: dict[str, float] = field(default_factory=lambda: {"sample": 0.0, "score": 0.0})
+    stop_ids: frozenset[int]  # every id that ends a response
     processes: Processes = field(default_factory=Processes)
-    runner: asyncio.Runner = field(default_factory=asyncio.Runner)
+    loop: EventLoop = field(default_factory=EventLoop)
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        engine: Engine | None = None,
+        scoring: ScoringSettings | None = None,
+        processes: Processes | None = None,
+    ) -> Self:
+        """`model` at work on `task`. Default: the engine in this process, which decodes on the model itself.
+
+        Raises `TaskError` if the rewards cannot be computed, `ConfigError` for a tokenizer without EOS, and
+        `EngineError` if the engine does not start.
+        """
+        from treepo.engines.local.engine import LocalEngine
+        from treepo.models import causal_lm
+
+        stop_ids = causal_lm.stop_ids(model, tokenizer)
+        loop = EventLoop()
+        engine = engine or LocalEngine(causal_lm.prepared(model))
+        with ExitStack() as undo:
+            undo.callback(loop.close)
+            loop.run(engine.start())
+            undo.callback(lambda: loop.run(engine.close()))
+            scorer = Scorer(task, scoring or ScoringSettings())
+            undo.pop_all()  # the actor's from now on
+        return cls(task, tokenizer, model, engine, scorer, stop_ids, processes or Processes(), loop)
 
     def __enter__(self) -> Self:
         return self
@@ -79,22 +118,16 @@ class Actor:
     def close(self) -> None:
         """End the workers of the scorer, the engine's connections and the event loop."""
         with ExitStack() as rest:
-            rest.callback(self.runner.close)
+            rest.callback(self.loop.close)
             rest.callback(lambda: self.run(self.engine.close()))
             self.scorer.close()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of `work` on the engine's event loop. Ctrl-C cancels it and raises `KeyboardInterrupt`."""
-        return self.runner.run(work)
-
-    def interrupt(self) -> None:
-        """Cancel what runs on the event loop in another thread, if anything does."""
-        loop = self.runner.get_loop()
-        if loop.is_running():
-            loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+        """The result of `work` on the engine's event loop."""
+        return self.loop.run(work)
 
     def load_weights(self, version: int) -> None:
-        """The model has changed: from now on the engine samples from it; all processes call this together.
+        """The model has changed: from now on the engine samples from it. All processes call this together.
 
         The main process goes first: where weights have to be sent, it sends them for all.
         """
@@ -103,15 +136,19 @@ class Actor:
                 self.run(self.engine.load_weights(version))
             self.processes.wait()
 
-    def encode(self, problem: Problem, sampler: SamplerSettings) -> list[int]:
-        """Prompt token ids; raises `TaskError` for a prompt that leaves no room for a response."""
+    def sampler(self, settings: SamplerSettings) -> Sampler:
+        """A sampler for this policy's engine and tokenizer."""
+        return Sampler(self.engine, settings, self.decode, self.stop_ids)
+
+    def encode(self, problem: Problem, response_tokens: int) -> list[int]:
+        """Prompt token ids; raises `TaskError` for a prompt that leaves no room for a response of that many tokens."""
         prompt = self.task.encode(self.tokenizer, problem)
         if not prompt:
             raise TaskError(f"problem {problem.id}: the prompt has no tokens")
-        if len(prompt) + sampler.response_tokens > self.engine.context:
+        if len(prompt) + response_tokens > self.engine.context:
             raise TaskError(
                 f"problem {problem.id}: a prompt of {len(prompt)} tokens and a response of up to "
-                f"{sampler.response_tokens} exceed the context of {self.engine.context}: drop the problem, or lower "
+                f"{response_tokens} exceed the context of {self.engine.context}: drop the problem, or lower "
                 "sampler.segment_tokens or sampler.max_depth"
             )
         return prompt
@@ -120,50 +157,46 @@ class Actor:
         """Response text without special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def rollouts(
+    def sample(
         self,
-        problems: Sequence[tuple[str, Problem]],
-        sampler: SamplerSettings | Sequence[SamplerSettings],
+        problems: Sequence[Keyed],
+        sampler: TreeSampler | Sequence[TreeSampler],
         seed: int,
         *,
         progress: float = 0.0,
         on_progress: Callable[[int, int], None] | None = None,
-        on_rollout: Callable[[int, ScoredTree], None] | None = None,
-    ) -> list[ScoredTree]:
+        on_tree: Callable[[int, ScoredTree], None] | None = None,
+    ) -> Sampled:
         """A scored tree for every (unique key, problem), in their order; `sampler` is one for all or one for each.
 
-        The leaves of a tree are scored as soon as it is complete, while the others are still growing. As trees are
-        scored, in that order, `on_rollout(index, rollout)` and then `on_progress(trees done, of how many)` are called.
-        A leaf that ended in an engine error has no reward; neither has one whose reward raised, hung or was no number.
+        The leaves of a tree are scored as soon as it is complete, while the others are still growing. After each tree
+        is scored, `on_tree(index, scored tree)` and then `on_progress(trees done, of how many)` are called. A leaf
+        that ended in an engine error has no reward. Neither has one whose reward raised, hung or was no number.
         """
         start = sampled = time.perf_counter()
-        shapes = [sampler] * len(problems) if isinstance(sampler, SamplerSettings) else sampler
-        stop_ids = causal_lm.stop_ids(self.model, self.tokenizer)
+        samplers = sampler if isinstance(sampler, Sequence) else [sampler] * len(problems)
         done = count(1)
 
-        async def one(index: int, key: str, problem: Problem, shape: SamplerSettings, prompt: list[int]) -> ScoredTree:
+        async def one(index: int, key: str, problem: Problem, grower: TreeSampler, prompt: list[int]) -> ScoredTree:
             nonlocal sampled
-            grower = Sampler(self.engine, shape, self.decode, stop_ids)
             tree = await grower.grow(prompt, key, seed, progress)
             sampled = time.perf_counter()
-            rollout = await self._score(problem, tree)
-            if on_rollout:
-                on_rollout(index, rollout)
+            scored = await self._score(problem, tree)
+            if on_tree:
+                on_tree(index, scored)
             if on_progress:
                 on_progress(next(done), len(problems))
-            return rollout
+            return scored
 
         async def all_of_them() -> list[ScoredTree]:
-            return await together([one(i, *asked) for i, asked in self.processes.mine(list(enumerate(queries)))])
+            return await together([one(i, *asked) for i, asked in self.processes.mine(list(enumerate(asked_for)))])
 
-        queries = [
-            (key, problem, shape, self.encode(problem, shape))
-            for (key, problem), shape in zip(problems, shapes, strict=True)
+        asked_for = [
+            (key, problem, grower, self.encode(problem, grower.response_tokens))
+            for (key, problem), grower in zip(problems, samplers, strict=True)
         ]
-        rollouts = self.run(all_of_them())
-        self.seconds["sample"] += sampled - start
-        self.seconds["score"] += time.perf_counter() - sampled
-        return self.processes.everyones(rollouts)
+        trees = self.run(all_of_them())
+        return Sampled(self.processes.everyones(trees), sampled - start, time.perf_counter() - sampled)
 
     async def _score(self, problem: Problem, tree: Tree) -> ScoredTree:
         leaves = tree.leaves()

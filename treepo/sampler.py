@@ -7,12 +7,13 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from treepo.engines import Engine, Handle, Sampling, Segment
 from treepo.errors import EngineError
+from treepo.event_loop import EventLoop
 from treepo.policies import Frontier
 from treepo.policies.branching import AnyBranching, LevelBudget
 from treepo.policies.fallback import AnyFallback, SegmentBoundary
@@ -96,6 +97,23 @@ class SamplerSettings(Settings):
         return self
 
 
+class TreeSampler(Protocol):
+    """What grows a tree from a prompt: `Sampler`, or one of your own, such as one with tools or environments."""
+
+    @property
+    def response_tokens(self) -> int:
+        """Most tokens of a response."""
+        ...
+
+    async def grow(self, prompt: Sequence[int], key: str, seed: int, progress: float = 0.0) -> Tree:
+        """A finished tree; a function of the prompt, `key`, `seed` and what the engine replies.
+
+        `key` is unique in its batch. `progress`: the part of the training that is done, 0 to 1. Leaves whose requests
+        failed end in `Stop.ERROR` and say why (`Node.error`).
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Turns prompts into trees of exactly `width` leaves each, on any engine; see `grow` for the exceptions.
@@ -109,6 +127,11 @@ class Sampler:
     decode: Callable[[Sequence[int]], str]  # response token ids -> text without special tokens
     stop_ids: Collection[int]
 
+    @property
+    def response_tokens(self) -> int:
+        """Most tokens of a response."""
+        return self.settings.response_tokens
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -119,9 +142,11 @@ class Sampler:
     ) -> list[Tree]:
         """The trees of `prompts`, in their order; `on_tree(index, tree)` is called as each one is complete.
 
-        Runs an event loop of its own, which only an engine without connections outlives; the others want `grow_all`.
+        Works in a notebook too. Each call has an event loop of its own, so an engine with connections (`server`,
+        `vllm`) needs `grow_all` on a loop that lives as long as the engine.
         """
-        return asyncio.run(self.grow_all(prompts, seed, progress=progress, on_tree=on_tree))
+        with EventLoop() as loop:
+            return loop.run(self.grow_all(prompts, seed, progress=progress, on_tree=on_tree))
 
     async def grow_all(
         self,

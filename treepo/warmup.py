@@ -8,25 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from treepo.errors import ConfigError
-from treepo.models.attention import Causal
-from treepo.models.causal_lm import context, hidden, logits
 from treepo.settings import Settings
 from treepo.tasks import Task, Teacher
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 IGNORED = -100  # a target that the loss leaves out
-
-
-class TeachingTask(Task, Teacher, Protocol):
-    """A task with a teacher: what `isinstance(task, Teacher)` narrows a `Task` to."""
 
 
 class WarmupSettings(Settings):
@@ -44,7 +38,8 @@ class WarmupSettings(Settings):
 def warm_up(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    teacher: TeachingTask,
+    task: Task,
+    teacher: Teacher,
     settings: WarmupSettings,
     seed: int,
     progress: Callable[[int, float], None] | None = None,
@@ -55,6 +50,10 @@ def warm_up(
     learning rate rises linearly, then falls to 0 along half a cosine. `progress(step, loss)` hears of every step,
     counted from 1, with the loss before its update. The same seed gives the same weights bit for bit on one machine.
     """
+    import torch
+
+    from treepo.models.causal_lm import context
+
     if tokenizer.eos_token_id is None:
         raise ConfigError("warm-up: the tokenizer has no EOS token")
     optimizer = torch.optim.AdamW(
@@ -63,7 +62,7 @@ def warm_up(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step, settings))
     for step in range(settings.steps):
         first = step * settings.batch
-        rows = [_row(teacher, tokenizer, seed, first + i) for i in range(settings.batch)]
+        rows = [_row(task, teacher, tokenizer, seed, first + i) for i in range(settings.batch)]
         ids, targets = _padded(rows, tokenizer.eos_token_id)
         if ids.shape[1] > context(model):
             raise ConfigError(f"warm-up: a lesson of {ids.shape[1]} tokens exceeds the model's {context(model)}")
@@ -86,10 +85,12 @@ def _pace(step: int, settings: WarmupSettings) -> float:
     return (1 + math.cos(math.pi * (step - rising) / max(1, settings.steps - rising))) / 2
 
 
-def _row(teacher: TeachingTask, tokenizer: PreTrainedTokenizerBase, seed: int, index: int) -> tuple[list[int], int]:
+def _row(
+    task: Task, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, seed: int, index: int
+) -> tuple[list[int], int]:
     """Tokens of a lesson with its EOS, and how many of them are the prompt."""
     problem, response = teacher.lesson(seed, index)
-    prompt = teacher.encode(tokenizer, problem)
+    prompt = task.encode(tokenizer, problem)
     return [*prompt, *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id], len(prompt)
 
 
@@ -98,6 +99,8 @@ def _padded(rows: list[tuple[list[int], int]], fill: int) -> tuple[Tensor, Tenso
 
     Rows are filled up on the right: under causal attention no real token sees the filling.
     """
+    import torch
+
     ids = torch.full((len(rows), max(len(tokens) for tokens, _ in rows)), fill)
     targets = torch.full_like(ids, IGNORED)
     for i, (tokens, prompt) in enumerate(rows):
@@ -108,6 +111,12 @@ def _padded(rows: list[tuple[list[int], int]], fill: int) -> tuple[Tensor, Tenso
 
 def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the wanted targets; logits are computed for those only."""
+    import torch
+    import torch.nn.functional as F
+
+    from treepo.models.attention import Causal
+    from treepo.models.causal_lm import hidden, logits
+
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     wanted = targets != IGNORED
     scores = logits(model, hidden(model, ids, positions, Causal())[wanted])  # [W, V]

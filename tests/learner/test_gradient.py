@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from tests.support.packed_oracle import EVERYTHING, FAMILIES, Case, errors_in_pieces, flat_case
 from tests.support.random_trees import grow_random
 from treepo.forest import Forest
-from treepo.learner.gradient import accumulate
-from treepo.learner.loss import LossSettings
-from treepo.learner.packing import PackedBatch, fold, pack
+from treepo.learner.gradient import backward_row
+from treepo.learner.loss import PolicyLoss
+from treepo.learner.packing import PackedBatch, fold, pack_row
 from treepo.learner.row_pieces import Piece, pieces, tokens_held
 from treepo.models import causal_lm
 from treepo.models.attention import visible
@@ -25,7 +25,7 @@ from treepo.tree import ScoredTree, Stop, Tree
 def row_of(*trees: Tree) -> PackedBatch:
     rollouts = [ScoredTree(str(t), tree, [1.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
     forest = Forest.of(rollouts)
-    return pack(rollouts, forest, fold(forest, np.zeros(forest.path.shape)), range(len(trees)))
+    return pack_row(forest, fold(forest, np.zeros(forest.path.shape)), range(len(trees)))
 
 
 def above(cut: list[Piece], piece: Piece) -> list[Piece]:
@@ -123,7 +123,7 @@ def test_activation_checkpointing_computes_twice_and_changes_nothing(random_tree
 
 def test_autocast_is_entered_for_the_forward_pass_and_stays_near(random_tree: Callable[..., Tree]) -> None:
     # Without clips, at whose edges a gradient jumps.
-    smooth = LossSettings(clip_low=0.999, clip_high=1e9, dual_clip=1e9)
+    smooth = PolicyLoss(clip_low=0.999, clip_high=1e9, dual_clip=1e9)
     case = flat_case("qwen2", torch.float32, random_tree, smooth)
     found = errors_in_pieces(case, 12, forward=lambda: torch.autocast("cpu", torch.bfloat16))
     assert 1e-4 < found["gradient"] < 0.1
@@ -144,6 +144,6 @@ def test_no_more_pieces_wait_for_their_backward_pass_than_promised(random_tree: 
         logprob.register_hook(lambda _: waiting.pop(i) and None)
         return logprob.sum()
 
-    accumulate(case.model, case.batch, loss, max_tokens=12)
+    backward_row(case.model, case.batch, loss, max_tokens=12)
     assert max(held) == int(tokens_held(cut).max()) < len(case.batch) / 2
     assert not waiting

@@ -27,8 +27,8 @@ from tests.support.packed_oracle import (
 from tests.support.random_trees import grow_random
 from treepo.forest import Forest
 from treepo.learner.gradient import logprobs
-from treepo.learner.loss import LossSettings
-from treepo.learner.packing import PackedBatch, bins, fold, pack
+from treepo.learner.loss import PolicyLoss
+from treepo.learner.packing import PackedBatch, bins, fold, pack_row
 from treepo.models.attention import PlanName, plan_for, visible
 from treepo.tree import ScoredTree, Stop, Tree
 
@@ -39,7 +39,7 @@ def forest_of(rollouts: Sequence[ScoredTree], seed: int = 0) -> tuple[Forest, np
     """Their forest, random advantages in eighths (exact in float32, both signs on shared tokens), and one row."""
     forest = Forest.of(rollouts)
     advantage = np.random.default_rng(seed).integers(-16, 17, forest.path.shape) / 8
-    return forest, advantage, pack(rollouts, forest, fold(forest, advantage), range(len(rollouts)))
+    return forest, advantage, pack_row(forest, fold(forest, advantage), range(len(rollouts)))
 
 
 def by_prev(batch: PackedBatch, row: int) -> list[int]:
@@ -114,7 +114,7 @@ def test_the_five_node_tree_drawn_by_hand() -> None:
     rollouts = [ScoredTree("p", tree, [1.0, 0.0, None])]
     forest = Forest.of(rollouts)
     folded = fold(forest, np.array([[9.0, 1.0, 1.0], [9.0, -1.0, -1.0]]))
-    batch = pack(rollouts, forest, folded, [0])
+    batch = pack_row(forest, folded, [0])
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 6, 7, 5]
     assert batch.position.tolist() == [0, 1, 2, 3, 4, 5, 4]
     assert batch.prev.tolist() == [-1, 0, 1, 2, 3, 4, 3]
@@ -129,10 +129,10 @@ def test_a_tree_without_a_trained_leaf_vanishes(random_rollout: Callable[..., Sc
     rollouts = [random_rollout(1, 1.0), random_rollout(2), random_rollout(3, 1.0)]
     forest, advantage, batch = forest_of(rollouts)
     folded = fold(forest, advantage)
-    assert len(batch) == len(pack(rollouts, forest, folded, [1]))
-    assert bins(rollouts, forest, folded, [0, 1, 2], 1000) == [[1]]
-    assert len(pack(rollouts, forest, folded, [0, 2])) == 0
-    empty = pack(rollouts, forest, folded, [0])
+    assert len(batch) == len(pack_row(forest, folded, [1]))
+    assert bins(forest, folded, [0, 1, 2], 1000) == [[1]]
+    assert len(pack_row(forest, folded, [0, 2])) == 0
+    empty = pack_row(forest, folded, [0])
     with pytest.raises(ValueError, match="at least one token"):
         plan_for(empty.prev, empty.end)
 
@@ -151,15 +151,15 @@ def test_rows_keep_the_budget_unless_one_tree_alone_exceeds_it(
     rollouts = [random_rollout(seed + i, 0.2) for i in range(7)]
     forest, advantage, _ = forest_of(rollouts)
     folded = fold(forest, advantage)
-    rows = bins(rollouts, forest, folded, range(7), budget)
-    assert rows == bins(rollouts, forest, folded, range(6, -1, -1), budget)
-    sizes = [len(pack(rollouts, forest, folded, row)) for row in rows]
+    rows = bins(forest, folded, range(7), budget)
+    assert rows == bins(forest, folded, range(6, -1, -1), budget)
+    sizes = [len(pack_row(forest, folded, row)) for row in rows]
     assert all(size <= budget or len(row) == 1 for size, row in zip(sizes, rows, strict=True))
     assert sorted(t for row in rows for t in row) == sorted(set(forest.tree.tolist()))
     # First fit: no two rows could be one.
     assert all(a + b > budget for i, a in enumerate(sizes) for b in sizes[:i])
     with pytest.raises(ValueError, match="max_tokens"):
-        bins(rollouts, forest, folded, range(7), 0)
+        bins(forest, folded, range(7), 0)
 
 
 def test_packing_loads_no_torch() -> None:
@@ -185,7 +185,7 @@ def test_packed_equals_flat_in_logits_of_every_row_in_loss_and_in_every_gradient
     "loss", [*(SETTINGS.model_copy(update={"shared_tokens": w}) for w in ("mean", "sqrt")), EVERYTHING], ids=str
 )
 def test_every_weight_of_shared_tokens_and_every_term_of_the_loss_equals_its_flat_definition(
-    loss: LossSettings,
+    loss: PolicyLoss,
 ) -> None:
     case = flat_case("qwen2", torch.float64, grow_random, loss)
     found = errors(case, case.batch, "auto")

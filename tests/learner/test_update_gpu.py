@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from treepo import Forest, LocalEngine, LocalSettings, Sampler, SamplerSettings
-from treepo.learner.gradient import accumulate
-from treepo.learner.loss import LossSettings, policy_loss
-from treepo.learner.packing import fold, pack
+from treepo.learner.gradient import backward_row
+from treepo.learner.loss import PolicyLoss, policy_loss
+from treepo.learner.packing import fold, pack_row
 from treepo.models import causal_lm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -35,16 +35,16 @@ def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, o
     rollouts = [random_rollout(seed, leaves=12, segment=16, vocabulary=60) for seed in range(4)]
     forest = Forest.of(rollouts)
     folded = fold(forest, np.random.default_rng(0).standard_normal(forest.path.shape))
-    batch = pack(rollouts, forest, folded, range(4))
+    batch = pack_row(forest, folded, range(4))
     gradients = {}
 
     def loss(rows, logprob, _) -> torch.Tensor:
         arrays = (torch.as_tensor(x[rows], device=logprob.device) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
-        return policy_loss(LossSettings(), logprob, None, *arrays, float(batch.weight.sum()))[0]
+        return policy_loss(PolicyLoss(), logprob, None, *arrays, float(batch.weight.sum()))[0]
 
     for device in ("cpu", "cuda"):
         policy = causal_lm.prepare(copy.deepcopy(on_cuda).to(device))
-        accumulate(policy, batch, loss, max_tokens=max_tokens, plan=plan if device == "cuda" else "reference")
+        backward_row(policy, batch, loss, max_tokens=max_tokens, plan=plan if device == "cuda" else "reference")
         gradients[device] = {name: p.grad.cpu() for name, p in policy.named_parameters()}
     largest = max(g.abs().max().item() for g in gradients["cpu"].values())
     for name, expected in gradients["cpu"].items():

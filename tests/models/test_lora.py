@@ -26,7 +26,7 @@ from treepo.engines.local.engine import LocalEngine
 from treepo.engines.weight_check import probe_tree
 from treepo.engines.weight_files import save
 from treepo.errors import ConfigError, EngineError
-from treepo.learner.gradient import accumulate
+from treepo.learner.gradient import backward_row
 from treepo.models import causal_lm, lora
 from treepo.models.lora import LoraSettings
 from treepo.run.folder import Metrics, read_metrics
@@ -121,7 +121,7 @@ def test_the_packed_gradient_of_an_adapter_is_the_flat_one(
         value = value + part.detach()
         return part
 
-    accumulate(case.model, case.batch, loss, max_tokens=max_tokens)
+    backward_row(case.model, case.batch, loss, max_tokens=max_tokens)
     flat = flat_value(case, response)
     flat.backward()  # type: ignore[no-untyped-call]
     assert value.item() == pytest.approx(flat.item(), rel=1e-12)
@@ -270,7 +270,7 @@ def test_a_run_trains_the_adapter_and_nothing_else(undisturbed: Trainer) -> None
     kept = load_file(run / "checkpoints" / "step-000004" / "optimizer.safetensors")
     assert kept and all(".lora_" in name for name in kept)
     steps = [m for m in read_metrics(run / "metrics.jsonl") if "grad_norm" in m]
-    assert all(m["grad_norm"] > 0 for m in steps) and steps[-1]["reference_kl"] > 1e-4
+    assert all(m["grad_norm"] > 0 for m in steps) and steps[-1]["kl/reference"] > 1e-4
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_as_if_nothing_had_been(undisturbed: Trainer, tmp_path: Path) -> None:

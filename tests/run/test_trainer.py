@@ -98,8 +98,8 @@ def test_a_leaner_update_is_nearly_the_same_update(tmp_path, start):
         assert changed(trained(tmp_path / name, *start, *loss, *more))
         steps += steps_of(tmp_path / name / "run")
     plain, lean_step = steps
-    assert plain["rollout_kl"] < 1e-8 < lean_step["rollout_kl"] < 1e-3  # the engine's log-probs stay float32
-    assert plain["rollout_capped"] == 0.0
+    assert plain["kl/rollout"] < 1e-8 < lean_step["kl/rollout"] < 1e-3  # the engine's log-probs stay float32
+    assert plain["clip/rollout_capped"] == 0.0
     assert lean_step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.1)
     assert lean_step["entropy"] == pytest.approx(plain["entropy"], rel=0.02)
 
@@ -109,7 +109,7 @@ def test_the_penalty_on_leaving_the_initial_policy_holds_it_back(tmp_path, start
     for kl in (0.001, 3.0):
         (tmp_path / str(kl)).mkdir()
         trained(tmp_path / str(kl), *start, f"loss.kl={kl}", "trainer.steps=4", "trainer.mini_batches=2")
-        divergence.append(steps_of(tmp_path / str(kl) / "run")[-1]["reference_kl"])
+        divergence.append(steps_of(tmp_path / str(kl) / "run")[-1]["kl/reference"])
     assert divergence[1] < 0.5 * divergence[0]
 
 
@@ -414,12 +414,12 @@ def test_metrics_have_their_fields(tmp_path, start):
     begin, step, end = read_metrics(tmp_path / "run" / "metrics.jsonl")
     sampled = {"reward", "leaves", "unscored", "response_tokens", "surprisal", "stops", "queries_sampled"}
     tokens = {"queries_used", "tokens_generated", "tokens_flat", "sharing", "staleness", "mixed_versions"}
-    update = {"lr", "updates", "loss", "grad_norm", "clip_fraction", "approx_kl", "entropy", "rollout_kl"}
+    update = {"lr", "updates", "loss", "grad_norm", "clip/fraction", "kl/old", "entropy", "kl/rollout"}
     assert step.keys() == {"step", "seconds"} | sampled | tokens | update
     assert step["seconds"].keys() == {"step", "sample", "score", "update"}
     assert step["leaves"] == sum(step["stops"].values()) == 8 * step["queries_sampled"]
     assert step["sharing"] == step["tokens_flat"] / step["tokens_generated"] >= 1
-    assert step["approx_kl"] == step["clip_fraction"] == 0  # one update per batch: on-policy
+    assert step["kl/old"] == step["clip/fraction"] == 0  # one update per batch: on-policy
     assert begin.keys() == end.keys() == {"step", "tokens_total", "evaluation"}
     assert (begin["step"], end["step"]) == (0, 1)
     assert end["tokens_total"] == step["tokens_generated"]
@@ -429,7 +429,7 @@ def test_several_updates_per_step_move_away_from_the_sampling_policy(tmp_path, s
     many = ("trainer.mini_batches=2", "trainer.dynamic_sampling=null", "trainer.lr=1e-2")
     trained(tmp_path, *start, *many, "trainer.steps=1")
     (step,) = steps_of(tmp_path / "run")
-    assert step["updates"] == 2 and step["approx_kl"] > 0
+    assert step["updates"] == 2 and step["kl/old"] > 0
 
 
 def test_a_checkpoint_is_a_model_folder_of_transformers(tmp_path, start):

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from treepo.forest import Forest, Ints
-from treepo.learner.gradient import accumulate, logprobs
-from treepo.learner.loss import LossSettings, policy_loss
-from treepo.learner.packing import PackedBatch, fold, pack
+from treepo.learner.gradient import backward_row, logprobs
+from treepo.learner.loss import PolicyLoss, policy_loss
+from treepo.learner.packing import PackedBatch, fold, pack_row
 from treepo.models.attention import PlanName, plan_for, visible
 from treepo.models.causal_lm import hidden, logits, prepare
 from treepo.tree import ScoredTree, Stop, Tree
@@ -92,15 +92,15 @@ def models(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrained
     return prepare(model), plain
 
 
-SETTINGS = LossSettings(dual_clip=3.0)
-EVERYTHING = LossSettings(dual_clip=3.0, shared_tokens="sqrt", kl=0.3, rollout_cap=1.2)
+SETTINGS = PolicyLoss(dual_clip=3.0)
+EVERYTHING = PolicyLoss(dual_clip=3.0, shared_tokens="sqrt", kl=0.3, rollout_cap=1.2)
 
 
 @dataclass
 class Case:
     """A forest whose old log-probs are near enough to the policy's for some ratios to be clipped and some not."""
 
-    settings: LossSettings
+    settings: PolicyLoss
     model: PreTrainedModel
     plain: PreTrainedModel
     rollouts: list[ScoredTree]
@@ -118,14 +118,14 @@ class Case:
     total: float
 
 
-def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree], loss: LossSettings = SETTINGS) -> Case:
+def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree], loss: PolicyLoss = SETTINGS) -> Case:
     model, plain = models(family, dtype)
     rng = np.random.default_rng(7)
     rollouts = [_rollout(grow, seed, rng) for seed in (11, 12, 13)]
     leaves = trained_leaves(rollouts)
     forest = Forest.of(rollouts)
     advantage = rng.integers(-16, 17, forest.path.shape) / 8
-    batch = pack(rollouts, forest, fold(forest, advantage, loss.shared_tokens), range(len(rollouts)))
+    batch = pack_row(forest, fold(forest, advantage, loss.shared_tokens), range(len(rollouts)))
     by_tokens = {tuple(batch.token_ids[rows].tolist()): rows for rows in paths(batch)}
     rows = [by_tokens[tuple(tree.tokens(leaf))] for tree, leaf in leaves]
 
@@ -194,7 +194,7 @@ def _rollout(grow: Callable[..., Tree], seed: int, rng: np.random.Generator) -> 
 
 
 def textbook_loss(
-    settings: LossSettings, logprob: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, a: Tensor
+    settings: PolicyLoss, logprob: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, a: Tensor
 ) -> Tensor:
     """Per token of a leaf: -min(rA, clip(r)A), at most -cA for A < 0, corrected and regularised as asked."""
     ratio = (logprob - old).exp()
@@ -239,7 +239,7 @@ def errors(case: Case, batch: PackedBatch, plan: PlanName) -> dict[str, float]:
         found = logits(case.model, hidden(case.model, ids, positions, plan_for(batch.prev, batch.end, name=plan))[0])
     logprob = logprobs(case.model, batch, temperature=TEMPERATURE, plan=plan, chunk=7)
     loss, metrics = packed_loss(case, batch, np.arange(len(batch)), logprob)
-    assert 0.1 < metrics["clip_fraction"] < 0.9 or batch is not case.batch
+    assert 0.1 < metrics["clip/fraction"] < 0.9 or batch is not case.batch
     loss.backward()
     response = [rows[-len(x) :] for rows, x in zip(case.rows, case.flat_logprob, strict=True)]
     return {
@@ -268,7 +268,9 @@ def errors_in_pieces(
         seen.extend(rows.tolist())
         return part
 
-    accumulate(case.model, case.batch, loss, max_tokens=max_tokens, temperature=TEMPERATURE, plan=plan, forward=forward)
+    backward_row(
+        case.model, case.batch, loss, max_tokens=max_tokens, temperature=TEMPERATURE, plan=plan, forward=forward
+    )
     assert sorted(seen) == np.flatnonzero(case.batch.weight > 0).tolist()
     return {
         "loss": worst(value, case.flat_loss),

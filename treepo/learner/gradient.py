@@ -1,9 +1,11 @@
-"""The gradient of a packed row: forward and backward over its pieces, each token once, in bounded memory."""
+"""The gradient of packed rows: forward and backward over their pieces, each token once, in bounded memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,19 +16,109 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from treepo.forest import Ints
-from treepo.learner.packing import PackedBatch
+from treepo.learner.loss import Loss, TrainedTokens
+from treepo.learner.packing import PackedBatch, Totals
 from treepo.learner.row_pieces import Piece, pieces, tokens_held
 from treepo.models.attention import Plan, PlanName, plan_for
 from treepo.models.causal_lm import hidden, token_logprobs
 
-Loss = Callable[[Ints, Tensor, Tensor], Tensor]
+RowLoss = Callable[[Ints, Tensor, Tensor], Tensor]
 """A scalar, to be summed, of trained rows [n], their log-probs [n] and the entropies [n] there (no gradient)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A packed row, and the log-probs [T] that its loss compares the policy with."""
+
+    batch: PackedBatch
+    old_logprob: Tensor | None = None  # of the policy before the first update of the step; None: exactly on-policy
+    reference_logprob: Tensor | None = None  # of the initial policy; None: the loss has no KL term
+
+
+@dataclass(frozen=True, slots=True)
+class Accumulated:
+    """What a call of `accumulate` has found."""
+
+    metrics: dict[str, float]  # of the loss, and `entropy/mean` in nats; parts that add up over the processes
+    plan: str  # how the first row attended
 
 
 def accumulate(
     model: PreTrainedModel,
-    batch: PackedBatch,
+    rows: Sequence[PackedBatch | Row],
     loss: Loss,
+    *,
+    totals: Totals | None = None,
+    max_tokens: int = 16384,
+    temperature: float = 1.0,
+    plan: PlanName = "auto",
+    forward: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Accumulated:
+    """Add the gradient of `loss` over `rows` to the parameters of `model`. The caller steps the optimizer.
+
+    `totals`: what the loss is a mean over; default: these rows. They differ where several calls or processes make up
+    one optimizer step. `temperature` is that of the sampling. At most `max_tokens` tokens, or one path if that is
+    longer, keep activations at any time. `forward()` is entered for forward passes alone: the place for autocast.
+    """
+    given = [row if isinstance(row, Row) else Row(row) for row in rows]
+    totals = totals or Totals.of([row.batch for row in given])
+    sums, first = _Sums(), ""
+    for row in given:
+        row_loss: RowLoss = partial(_loss_of_tokens, loss, row, totals, sums)
+        if loss.over_responses and len(row.batch) > max_tokens:
+            with torch.no_grad(), forward():
+                known = packed_logprobs(model, row.batch, temperature=temperature, plan=plan)
+            row_loss = _linear(row.batch, row_loss, *known)
+        used = backward_row(
+            model,
+            row.batch,
+            row_loss,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            plan=plan,
+            forward=forward,
+        )
+        first = first or str(used)
+    return Accumulated(sums.numbers(), first)
+
+
+def _loss_of_tokens(
+    loss: Loss, row: Row, totals: Totals, sums: _Sums, rows: Ints, logprob: Tensor, entropy: Tensor
+) -> Tensor:
+    """`loss` of some tokens of `row`; their parts of the metrics are added to `sums`."""
+    tokens = TrainedTokens.of(
+        row.batch, rows, logprob, row.old_logprob, row.reference_logprob, responses=loss.over_responses
+    )
+    value, metrics = loss(tokens, totals)
+    with torch.no_grad():
+        mean_entropy = (tokens.weight * entropy).sum() / totals.weight
+        sums.add(metrics | {"loss/total": value.detach(), "entropy/mean": mean_entropy})
+    return value
+
+
+def _linear(batch: PackedBatch, loss: RowLoss, logprob: Tensor, entropy: Tensor) -> RowLoss:
+    """A loss that may be computed piece by piece and has the gradient of `loss`, which wants the whole row at once.
+
+    A loss depends on the parameters through the log-probs alone. So its gradient is that of the sum over the tokens of
+    (its derivative by the log-prob, a constant) times the log-prob. `logprob` and `entropy` [T] are those of the row:
+    computing them is one more forward pass, without activations.
+    """
+    trained = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
+    at = torch.as_tensor(trained, device=logprob.device)
+    leaf = logprob[at].requires_grad_()
+    (slope,) = torch.autograd.grad(loss(trained, leaf, entropy[at]), leaf)
+    slopes = torch.zeros_like(logprob).index_copy(0, at, slope)
+
+    def linear(rows: Ints, logprob: Tensor, _: Tensor) -> Tensor:
+        return (slopes[torch.as_tensor(rows, device=logprob.device)] * logprob).sum()
+
+    return linear
+
+
+def backward_row(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    loss: RowLoss,
     *,
     max_tokens: int,
     temperature: float = 1.0,
@@ -36,12 +128,11 @@ def accumulate(
     """Add the gradient of the sum of `loss` over the pieces of `batch` to the parameters; returns the first one's plan.
 
     The result is that of one pass over the whole row, and every token is computed once. At most `max_tokens` tokens, or
-    one path if that is longer, keep activations at any time (`row_pieces`). A piece on which others depend
-    waits after its forward pass until the last of them has left its share of the gradient of its keys and values. Its
-    own backward pass picks that up (`_Stack`).
+    one path if that is longer, keep activations at any time (`row_pieces`). A piece on which others depend waits after
+    its forward pass until the last of them has left its share of the gradient of its keys and values. Its own backward
+    pass picks that up (`_Stack`).
 
-    `loss` is called once per piece with a disjoint part of the trained rows. `forward()` is entered for forward passes
-    alone: the place for autocast.
+    `loss` is called once per piece with a disjoint part of the trained rows.
     """
     held: list[tuple[int, Tensor]] = []  # pieces whose forward pass is done, and their losses
     cut = pieces(batch, max_tokens)
@@ -78,8 +169,20 @@ def logprobs(
 
     Float32, or float64 for a float64 model. 0.0 where no trained leaf needs it (`weight` 0: prompts). Every token
     goes through the model once, whatever the number of leaves below it, and gradients are exact. The row is computed
-    whole: `gradient` trains in pieces.
+    whole; `accumulate` trains in pieces.
     """
+    return packed_logprobs(model, batch, temperature=temperature, plan=plan, chunk=chunk)[0]
+
+
+def packed_logprobs(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    plan: PlanName = "auto",
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `logprobs`, and the entropies [T] of the distributions that the tokens are from (no gradient)."""
     ids = torch.as_tensor(batch.token_ids, device=model.device)
     positions = torch.as_tensor(batch.position, device=model.device)
     rows = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
@@ -87,12 +190,13 @@ def logprobs(
     states = hidden(model, ids[None], positions[None], way)[0]
     wanted = torch.as_tensor(rows, device=model.device)
     given = states.index_select(0, torch.as_tensor(batch.prev[rows], device=model.device))
-    found, _ = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
-    return found.new_zeros(len(batch)).index_copy(0, wanted, found)
+    found, entropy = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
+    zero = found.new_zeros(len(batch))
+    return zero.index_copy(0, wanted, found), zero.index_copy(0, wanted, entropy)
 
 
 def _score(
-    model: PreTrainedModel, batch: PackedBatch, piece: Piece, plan: Plan, loss: Loss, temperature: float
+    model: PreTrainedModel, batch: PackedBatch, piece: Piece, plan: Plan, loss: RowLoss, temperature: float
 ) -> Tensor:
     ids, positions = (
         torch.as_tensor(x[piece.begin : piece.stop], device=model.device) for x in (batch.token_ids, batch.position)
@@ -166,3 +270,19 @@ class _OnStack:
         push: Callable[..., Tensor] = _Push.apply
         k, v = (push(x, self._stack, (layer, i), self._begin, self._awaited) for i, x in enumerate((k, v)))
         return self._inner.attend(layer, q, k, v, scale)
+
+
+class _Sums:
+    """Scalars that add up; a device is asked for them only once."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._found[name] = self._found[name] + value if name in self._found else value
+
+    def numbers(self) -> dict[str, float]:
+        if not self._found:
+            return {}
+        return dict(zip(self._found, torch.stack(list(self._found.values())).tolist(), strict=True))

@@ -1,24 +1,128 @@
-"""The clipped policy loss on packed tokens: the sum over all leaves of the textbook loss, at one row per tree."""
+"""Policy losses on packed tokens: the sum over all leaves of the textbook loss, at one row per tree.
+
+A loss is frozen settings whose call maps the log-probs of some trained tokens to a scalar. It is called for disjoint
+parts of a batch, and the results add up. Importing this module loads no torch.
+"""
 
 from __future__ import annotations
 
-import torch
-from pydantic import Field
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from treepo.learner.packing import Shared
+from pydantic import Discriminator, Field, Tag
+
+from treepo.forest import Ints
+from treepo.learner.packing import PackedBatch, SharedTokens, Totals
 from treepo.settings import Settings
+from treepo.user_code import Custom, kind_of, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class LossSettings(Settings):
-    """How far one update may move the policy, and what a shared token weighs in it."""
+@dataclass(frozen=True, slots=True)
+class TrainedTokens:
+    """What a loss sees: n trained tokens of a packed row. A token that several leaves share is there once."""
 
+    logprob: Tensor  # [n] of the policy, in nats; the loss is differentiated by it
+    old_logprob: Tensor | None  # [n] of the policy before the step's first update; None: it is this one
+    rollout_logprob: Tensor  # [n] of the engine that sampled the tokens
+    reference_logprob: Tensor | None  # [n] of the initial policy; None: `needs_reference` is false
+    adv_pos: Tensor  # [n] sum of the positive advantages of the leaves through the token
+    adv_neg: Tensor  # [n] sum of the negative ones
+    weight: Tensor  # [n] number of leaves through the token (or less, by `shared_tokens`)
+    responses: Responses | None = None  # for a loss with `over_responses`, which sees all tokens of a row at once
+
+    @classmethod
+    def of(
+        cls,
+        batch: PackedBatch,
+        rows: Ints,
+        logprob: Tensor,
+        old_logprob: Tensor | None = None,  # [T]
+        reference_logprob: Tensor | None = None,  # [T]
+        *,
+        responses: bool = False,
+    ) -> Self:
+        """The trained `rows` [n] of `batch`, whose log-probs under the policy are `logprob` [n]."""
+        import torch
+
+        device = logprob.device
+        at = torch.as_tensor(rows, device=device)
+        adv_pos, adv_neg, weight, rollout = (
+            torch.as_tensor(x[rows], device=device)
+            for x in (batch.adv_pos, batch.adv_neg, batch.weight, batch.rollout_logprob)
+        )
+        old, reference = (x if x is None else x[at] for x in (old_logprob, reference_logprob))
+        whole = Responses.of(batch, rows, device) if responses else None
+        return cls(logprob, old, rollout, reference, adv_pos, adv_neg, weight, whole)
+
+
+@dataclass(frozen=True, slots=True)
+class Responses:
+    """The responses (leaves) that n tokens make up together. m: nodes of the row, L: leaves, D: nodes on a path."""
+
+    node: Tensor  # [n] int64: the node, 0 to m - 1, of each token
+    path: Tensor  # [L, D] int64: the nodes on the path to each leaf; m where the path is shorter
+    advantage: Tensor  # [L, D] of each leaf for the tokens of each node on its path; 0 where the path is shorter
+    length: Tensor  # [m + 1] trained tokens of each node; the last entry is 0
+
+    @classmethod
+    def of(cls, batch: PackedBatch, rows: Ints, device: Any) -> Self:
+        """The responses of `batch`, whose trained tokens are `rows` [n]."""
+        import torch
+
+        node = torch.as_tensor(batch.node[rows], device=device)
+        nodes = int(batch.node.max(initial=-1)) + 1
+        path = torch.as_tensor(batch.leaves.path, device=device)
+        return cls(
+            node,
+            torch.where(path >= 0, path, nodes),
+            torch.as_tensor(batch.leaves.advantage, device=device),
+            torch.bincount(node, minlength=nodes + 1),
+        )
+
+    def on_path(self, values: Tensor) -> Tensor:
+        """[L, D] the sum of `values` [n] over the tokens of each node on each path."""
+        return values.new_zeros(len(self.length)).index_add(0, self.node, values)[self.path]
+
+
+class Loss(Protocol):
+    """What the learner needs of a loss."""
+
+    @property
+    def shared_tokens(self) -> SharedTokens:
+        """What a token weighs that several leaves share."""
+        ...
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether it wants the log-probs of the initial policy."""
+        ...
+
+    @property
+    def over_responses(self) -> bool:
+        """Whether it looks at whole responses (`TrainedTokens.responses`), so that it needs all tokens of a row."""
+        ...
+
+    def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        """A scalar, and detached scalar metrics by their names. Both add up over the parts of a batch.
+
+        `totals` is that of the whole batch, so divide by it: the loss is a mean however the batch is divided.
+        """
+        ...
+
+
+class PolicyLoss(Settings):
+    """The clipped loss of TreePO and DAPO. How far one update may move the policy, and what a shared token weighs."""
+
+    kind: Literal["clip"] = "clip"
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, ge=0, description="The ratio is clipped above at 1 + clip_high.")
     dual_clip: float | None = Field(
         10.0, gt=1, description="Largest ratio that counts where the advantage is negative; null for no limit."
     )
-    shared_tokens: Shared = Field(
+    shared_tokens: SharedTokens = Field(
         "sum", description="What a token shared by k leaves weighs: k (sum, the paper), 1 (mean) or the root of k."
     )
     kl: float = Field(0.0, ge=0, description="Weight of the KL divergence to the initial policy; 0: no reference.")
@@ -28,19 +132,109 @@ class LossSettings(Settings):
         description="Corrects for an engine whose log-probs differ from the trainer's: each token counts by the ratio "
         "of the two probabilities, at most this; null: off.",
     )
+    over_responses: ClassVar[bool] = False
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl > 0
+
+    def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        return policy_loss(
+            self,
+            tokens.logprob,
+            tokens.old_logprob,
+            tokens.adv_pos,
+            tokens.adv_neg,
+            tokens.weight,
+            totals.weight,
+            rollout_logprob=tokens.rollout_logprob,
+            reference_logprob=tokens.reference_logprob,
+        )
+
+
+class GSPO(Settings):
+    """The clipped loss with one ratio per response: the geometric mean of its tokens' ratios.
+
+    Source: GSPO, arXiv 2507.18071, eq. 5 to 7, with the gradient of GSPO-token (eq. 13) where segments of a response
+    have different advantages. It is a mean over responses, each of them a mean over its tokens.
+    """
+
+    kind: Literal["gspo"] = "gspo"
+    clip_low: float = Field(3e-4, ge=0, lt=1, description="A response's ratio is clipped below at 1 - clip_low.")
+    clip_high: float = Field(4e-4, ge=0, description="A response's ratio is clipped above at 1 + clip_high.")
+    shared_tokens: ClassVar[SharedTokens] = "sum"
+    needs_reference: ClassVar[bool] = False
+    over_responses: ClassVar[bool] = True
+
+    def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        responses = tokens.responses
+        if responses is None:
+            raise ValueError("GSPO needs the responses of its tokens")
+        old = tokens.logprob.detach() if tokens.old_logprob is None else tokens.old_logprob
+        length = responses.length[responses.path]  # [L, D] trained tokens of each node
+        tokens_of = length.sum(1, keepdim=True).clamp(min=1)  # [L, 1]
+        log_ratio = responses.on_path(tokens.logprob.detach() - old).sum(1, keepdim=True) / tokens_of  # [L, 1]
+        ratio = log_ratio.exp()
+        advantage = responses.advantage  # [L, D]
+        free = (ratio * advantage <= ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage).to(ratio.dtype)
+        gain = advantage * (free * ratio + (1 - free) * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
+        # Zero in value; its gradient is that of the mean log-ratio of the node's tokens.
+        moving = responses.on_path(tokens.logprob - tokens.logprob.detach())  # [L, D]
+        value = (gain * length + free * ratio * advantage * moving) / tokens_of
+        loss = -value.sum() / totals.leaves
+        clipped = ((1 - free) * length / tokens_of).sum() / totals.leaves
+        divergence = (ratio - 1 - log_ratio).sum() / totals.leaves
+        return loss, {"clip/fraction": clipped.detach(), "kl/old": divergence.detach()}
+
+
+class CustomLoss(Custom):
+    """A class of yours: with `__call__(tokens, totals)` as `Loss` has it.
+
+    Its attributes `shared_tokens` ("sum"), `needs_reference` (False) and `over_responses` (False) may say otherwise.
+    """
+
+    calls: ClassVar[dict[str, Any]] = {"__call__": Loss.__call__}
+
+    @property
+    def shared_tokens(self) -> SharedTokens:
+        value: SharedTokens = getattr(self.made, "shared_tokens", "sum")
+        return value
+
+    @property
+    def needs_reference(self) -> bool:
+        return bool(getattr(self.made, "needs_reference", False))
+
+    @property
+    def over_responses(self) -> bool:
+        return bool(getattr(self.made, "over_responses", False))
+
+    def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        found: Any = self.made(tokens, totals)
+        match found:
+            case (loss, dict(metrics)) if getattr(loss, "ndim", None) == 0:
+                return loss, metrics
+        raise self._refuse(f"returned {str(found)[:80]}: it must return (a scalar tensor, a dict of scalar tensors)")
+
+
+AnyLoss = Annotated[
+    Annotated[PolicyLoss, Tag("clip")] | Annotated[GSPO, Tag("gspo")] | Annotated[CustomLoss, Tag("custom")],
+    Discriminator(kind_of("clip")),
+    one_of("clip", "gspo", default="clip"),
+]
+"""`kind` may be left out: clip."""
 
 
 def policy_loss(
-    settings: LossSettings,
-    logprob: Tensor,  # [T] of the policy, in nats
-    old_logprob: Tensor | None,  # [T] of the policy that the ratio is taken to
-    adv_pos: Tensor,  # [T] >= 0
-    adv_neg: Tensor,  # [T] <= 0
-    weight: Tensor,  # [T]
+    settings: PolicyLoss,
+    logprob: Tensor,  # [n] of the policy, in nats
+    old_logprob: Tensor | None,  # [n] of the policy that the ratio is taken to
+    adv_pos: Tensor,  # [n] >= 0
+    adv_neg: Tensor,  # [n] <= 0
+    weight: Tensor,  # [n]
     total_weight: float,
     *,
-    rollout_logprob: Tensor | None = None,  # [T] of the engine that sampled the tokens
-    reference_logprob: Tensor | None = None,  # [T] of the initial policy
+    rollout_logprob: Tensor | None = None,  # [n] of the engine that sampled the tokens
+    reference_logprob: Tensor | None = None,  # [n] of the initial policy
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Scalar loss of a row, and metrics; both *add up* over the rows of a batch to the batch's own.
 
@@ -58,11 +252,13 @@ def policy_loss(
     loss gains kl times the mean of exp(d) - 1 - d, where d = reference - policy log-prob (GRPO, arXiv 2402.03300,
     eq. 4).
 
-    Metrics are detached scalars, parts of means over the same pairs: `clip_fraction`, where the loss has no gradient
-    because of a clip (a token whose leaves disagree in sign counts by the share of |A| clipped); `approx_kl`,
-    r - 1 - log r, an unbiased estimate of KL(old || policy) when the tokens were sampled from old; `rollout_kl`, the
-    same of KL(rollout || old); `rollout_capped`, tokens at the cap; `reference_kl`, the term that `kl` multiplies.
+    Metrics are detached scalars, parts of means over the same pairs: `clip/fraction`, where the loss has no gradient
+    because of a clip (a token whose leaves disagree in sign counts by the share of |A| clipped); `kl/old`,
+    r - 1 - log r, an unbiased estimate of KL(old || policy) when the tokens were sampled from old; `kl/rollout`, the
+    same of KL(rollout || old); `clip/rollout_capped`, tokens at the cap; `kl/reference`, the term that `kl` multiplies.
     """
+    import torch
+
     old = logprob.detach() if old_logprob is None else old_logprob
     log_ratio = logprob - old
     ratio = log_ratio.exp()
@@ -74,19 +270,19 @@ def policy_loss(
     parts: dict[str, Tensor] = {}
     if rollout_logprob is not None:
         mismatch = old - rollout_logprob
-        parts["rollout_kl"] = mismatch.exp() - 1 - mismatch
+        parts["kl/rollout"] = mismatch.exp() - 1 - mismatch
         if settings.rollout_cap is not None:
             importance = mismatch.exp()
             cost = cost * importance.clamp(max=settings.rollout_cap)
-            parts["rollout_capped"] = (importance > settings.rollout_cap).to(weight.dtype)
+            parts["clip/rollout_capped"] = (importance > settings.rollout_cap).to(weight.dtype)
     loss = -cost.sum() / total_weight
     if reference_logprob is not None:
         gap = reference_logprob - logprob
-        parts["reference_kl"] = gap.exp() - 1 - gap
-        loss = loss + settings.kl * (weight * parts["reference_kl"]).sum() / total_weight
+        parts["kl/reference"] = gap.exp() - 1 - gap
+        loss = loss + settings.kl * (weight * parts["kl/reference"]).sum() / total_weight
     with torch.no_grad():
         clipped = adv_pos * (above != ratio) - adv_neg * (below != ratio)
-        parts["clip_fraction"] = clipped / (adv_pos - adv_neg).clamp(min=torch.finfo(adv_pos.dtype).tiny)
-        parts["approx_kl"] = ratio - 1 - log_ratio
+        parts["clip/fraction"] = clipped / (adv_pos - adv_neg).clamp(min=torch.finfo(adv_pos.dtype).tiny)
+        parts["kl/old"] = ratio - 1 - log_ratio
         metrics = {name: (weight * part).sum() / total_weight for name, part in parts.items()}
     return loss, metrics

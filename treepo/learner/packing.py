@@ -1,6 +1,6 @@
 """Packing: many trees as one row of tokens, each token once, and no more than the loss needs to know about it.
 
-Letters: T tokens of a row, N nodes, L leaves, D most nodes on a path below the root.
+Letters: T tokens of a row, n nodes of a row, N nodes of a forest, L leaves, D most nodes on a path below the root.
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from treepo.forest import Floats, Forest, Ints
-from treepo.tree import ROOT, ScoredTree, Tree
+from treepo.tree import ROOT, Tree
 
 Singles = NDArray[np.float32]
 
-Shared = Literal["sum", "mean", "sqrt"]
+SharedTokens = Literal["sum", "mean", "sqrt"]
 """What a token that k trained leaves share weighs in the loss: as much as k tokens, as one, or as the root of k."""
 
 
@@ -28,12 +28,21 @@ class Folded:
 
     A shared token enters the loss once for each leaf below it, with that leaf's advantage A but one ratio r. The sum
     of min(rA, clip(r)A) over the leaves is A+ min(r, 1 + high) + A- max(r, 1 - low), where A+ and A- are the sums of
-    the positive and of the negative advantages; their total alone would not do.
+    the positive and of the negative advantages. Their total alone would not be enough.
     """
 
     adv_pos: Floats  # [N] >= 0; 0 for roots
     adv_neg: Floats  # [N] <= 0; 0 for roots
     weight: Floats  # [N] what one of its tokens weighs: with `sum`, the trained leaves at or below the node
+    per_leaf: Floats  # [L, D + 1] the same before it was summed: advantage times weight of each (leaf, node)
+
+
+@dataclass(frozen=True)
+class PackedLeaves:
+    """The leaves of a packed row, for losses that look at whole responses."""
+
+    path: Ints  # [L, D + 1] packed nodes (`PackedBatch.node`) from the root to the leaf, then -1
+    advantage: Singles  # [L, D + 1] `Folded.per_leaf`; 0 for the root
 
 
 @dataclass(frozen=True)
@@ -48,16 +57,50 @@ class PackedBatch:
     position: Ints  # [T] tokens between the start of the tree and this one on its path
     prev: Ints  # [T] row index of the token that predicts this one; -1 for the first of a tree
     end: Ints  # [T] row index just past the subtree of the token's node
-    rollout_logprob: Singles  # [T] of the distribution sampled from, in nats; 0 on prompts
-    adv_pos: Singles  # [T] `Folded.adv_pos` of the token's node; 0 on prompts
+    rollout_logprob: Singles  # [T] of the distribution sampled from, in nats; 0 where nothing was sampled
+    adv_pos: Singles  # [T] `Folded.adv_pos` of the token's node; 0 where nothing was sampled
     adv_neg: Singles  # [T]
-    weight: Singles  # [T] `Folded.weight`; 0 on prompts
+    weight: Singles  # [T] `Folded.weight`; 0 where nothing was sampled, so that it is not trained on
+    node: Ints  # [T] the packed node, 0 to n - 1, that the token belongs to
+    leaves: PackedLeaves
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
 
-def fold(forest: Forest, advantage: Floats, shared: Shared = "sum") -> Folded:
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a loss is a mean over: the whole batch of an optimizer step, however many rows and processes it has."""
+
+    weight: float  # sum of `PackedBatch.weight`: with `sum`, the number of (leaf, sampled token) pairs
+    leaves: int  # trained leaves
+
+    @classmethod
+    def of(cls, rows: Sequence[PackedBatch]) -> Self:
+        """The totals of a batch that consists of `rows`."""
+        return cls(sum(float(row.weight.sum()) for row in rows), sum(len(row.leaves.path) for row in rows))
+
+
+def pack(
+    forest: Forest,
+    advantage: Floats,
+    *,
+    shared_tokens: SharedTokens = "sum",
+    max_tokens: int = 16384,
+    trees: Sequence[int] | None = None,
+) -> list[PackedBatch]:
+    """Rows of at most about `max_tokens` tokens that hold every trained token of `forest` once.
+
+    `advantage` [L, D + 1] is what an estimator returns for `forest`. `trees`: which trees to pack; default: all. A tree
+    of more than `max_tokens` tokens gets a row of its own, which `accumulate` computes in pieces. Trees without a
+    leaf of known reward are left out, so that there may be no row at all.
+    """
+    folded = fold(forest, advantage, shared_tokens)
+    which = range(len(forest.trees)) if trees is None else trees
+    return [pack_row(forest, folded, row) for row in bins(forest, folded, which, max_tokens)]
+
+
+def fold(forest: Forest, advantage: Floats, shared_tokens: SharedTokens = "sum") -> Folded:
     """Sum `advantage` over the leaves through each node, the positive and the negative ones apart.
 
     `advantage` [L, D + 1] is aligned with `forest.path`: one number per leaf and node on its path. Column 0 (prompts)
@@ -69,21 +112,22 @@ def fold(forest: Forest, advantage: Floats, shared: Shared = "sum") -> Folded:
     """
     if advantage.shape != forest.path.shape:
         raise ValueError(f"advantages of shape {advantage.shape} for paths of shape {forest.path.shape}")
-    response = advantage.astype(np.float64)
-    response[:, :1] = 0.0
-    share = np.maximum(forest.leaf_count, 1.0) ** {"sum": 0.0, "sqrt": -0.5, "mean": -1.0}[shared]  # [N] of a pair
+    power = {"sum": 0.0, "sqrt": -0.5, "mean": -1.0}[shared_tokens]
+    share = np.maximum(forest.leaf_count, 1.0) ** power  # [N] weight of a (leaf, token) pair
+    per_leaf = np.where(forest.path >= 0, advantage * share[forest.path], 0.0)
+    per_leaf[:, :1] = 0.0
     return Folded(
-        adv_pos=forest.over_leaves(np.maximum(response, 0.0)) * share,
-        adv_neg=forest.over_leaves(np.minimum(response, 0.0)) * share,
+        adv_pos=forest.over_leaves(np.maximum(per_leaf, 0.0)),
+        adv_neg=forest.over_leaves(np.minimum(per_leaf, 0.0)),
         weight=forest.leaf_count * share,
+        per_leaf=per_leaf,
     )
 
 
-def pack(rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatch:
-    """One row of the trees `rollouts[t]` for t in `which`, in that order.
+def pack_row(forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatch:
+    """One row of the trees `forest.trees[t]` for t in `which`, in that order.
 
-    `forest` and `folded` are those of all `rollouts`. Nodes with no trained leaf below are left out, and so are trees
-    without any.
+    Nodes with no trained leaf below are left out, and so are trees without any.
     """
     node: list[int] = []  # [n] forest index of each packed node
     tokens: list[list[int]] = []  # [n] what it adds
@@ -93,7 +137,7 @@ def pack(rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: 
     end: list[int] = []  # [n]
     row = 0
     for t in which:
-        tree, first = rollouts[t].tree, int(forest.first_node[t])
+        tree, first = forest.trees[t].tree, int(forest.first_node[t])
         order = _depth_first(tree, _trained(forest, folded, t))
         size = _subtree_tokens(tree, order)
         last = {-1: -1}  # tree node -> row of its last token
@@ -101,45 +145,56 @@ def pack(rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: 
             here = tree.nodes[n]
             node.append(first + n)
             tokens.append(here.tokens)
-            logprobs.append(here.logprobs if n != ROOT else [0.0] * len(here.tokens))
+            logprobs.append(here.logprobs if here.sampled and n != ROOT else [0.0] * len(here.tokens))
             position.append(here.start)
             prev.append(last[here.parent])
             end.append(row + size[n])
             row += len(here.tokens)
             last[n] = row - 1
 
+    nodes = np.array(node, np.int64)
     length = np.array([len(t) for t in tokens], np.int64)
     first_row = np.cumsum(length) - length
     rows = np.arange(row)
     predicted_by = rows - 1
     has = length > 0  # a failed leaf may add nothing
     predicted_by[first_row[has]] = np.array(prev, np.int64)[has]
-    of = np.repeat(np.array(node, np.int64), length)  # [T]
-    response = np.ones(len(forest.length), np.float32)
-    response[forest.first_node[:-1]] = 0.0
+    of = np.repeat(nodes, length)  # [T]
+    sampled = forest.length[of] > 0  # [T]
+    adv_pos, adv_neg, weight = (
+        np.where(sampled, x[of], 0.0).astype(np.float32) for x in (folded.adv_pos, folded.adv_neg, folded.weight)
+    )
     return PackedBatch(
         token_ids=np.fromiter(chain.from_iterable(tokens), np.int64, row),
         position=np.repeat(np.array(position, np.int64) - first_row, length) + rows,
         prev=predicted_by,
         end=np.repeat(np.array(end, np.int64), length),
         rollout_logprob=np.fromiter(chain.from_iterable(logprobs), np.float32, row),
-        adv_pos=folded.adv_pos[of].astype(np.float32),
-        adv_neg=folded.adv_neg[of].astype(np.float32),
-        weight=folded.weight[of].astype(np.float32) * response[of],
+        adv_pos=adv_pos,
+        adv_neg=adv_neg,
+        weight=weight,
+        node=np.repeat(np.arange(len(nodes)), length),
+        leaves=_leaves(forest, folded, which, nodes),
     )
 
 
-def bins(
-    rollouts: Sequence[ScoredTree], forest: Forest, folded: Folded, which: Sequence[int], max_tokens: int
-) -> list[list[int]]:
+def _leaves(forest: Forest, folded: Folded, which: Sequence[int], nodes: Ints) -> PackedLeaves:
+    """The leaves of the trees `which`, whose packed nodes have the forest indices `nodes` [n]."""
+    packed = np.full(len(forest.length) + 1, -1, np.int64)  # forest index -> packed node; the last entry is for -1
+    packed[nodes] = np.arange(len(nodes))
+    here = np.isin(forest.tree, np.asarray(list(which), np.int64))
+    return PackedLeaves(packed[forest.path[here]], folded.per_leaf[here].astype(np.float32))
+
+
+def bins(forest: Forest, folded: Folded, which: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Distribute the trees `which` over rows of at most `max_tokens` packed tokens, by first-fit decreasing.
 
     The same trees give the same rows. Trees without a trained leaf are in no row. A tree that alone has more than
-    `max_tokens` tokens gets a row of its own, which `treepo.learner.row_pieces` cuts.
+    `max_tokens` tokens gets a row of its own.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
-    size = {t: _packed_tokens(rollouts[t].tree, _trained(forest, folded, t)) for t in which}
+    size = {t: _packed_tokens(forest.trees[t].tree, _trained(forest, folded, t)) for t in which}
     rows: list[list[int]] = []
     room: list[int] = []
     for t in sorted((t for t in size if size[t]), key=lambda t: (-size[t], t)):

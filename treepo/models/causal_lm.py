@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -22,48 +21,14 @@ from transformers import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from treepo.errors import ConfigError
-from treepo.models import lora
+from treepo.models import attention, lora
 from treepo.models.attention import Causal, Plan, install
-from treepo.models.lora import LoraSettings
-from treepo.settings import Settings
+from treepo.models.settings import LoraSettings, ModelSettings, Shape
 
 CHUNK_LOGITS = 1 << 23  # logits alive at once in `token_logprobs`: 32 MB in float32
 
 PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class Shape(Settings):
-    """A new Qwen2-shaped model with random weights and the task's own tokenizer."""
-
-    hidden: int = Field(64, gt=0, description="Width of the residual stream.")
-    layers: int = Field(2, gt=0, description="Decoder layers.")
-    heads: int = Field(4, gt=0, description="Attention heads for queries.")
-    kv_heads: int = Field(4, gt=0, description="Attention heads for keys and values; divides `heads`.")
-    ffn: int = Field(128, gt=0, description="Width of the feed-forward layers.")
-    context: int = Field(256, gt=1, description="Most tokens of prompt and response together.")
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> Shape:
-        if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError("hidden must be a multiple of heads, and heads a multiple of kv_heads")
-        return self
-
-
-class ModelSettings(Settings):
-    """Which policy is trained."""
-
-    path: str | None = Field(None, description="Folder (or Hub name) of a causal LM and its tokenizer.")
-    create: Shape | None = Field(None, description="Or: the shape of a new model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and activations.")
-    device: str = Field("auto", description="A torch device; auto takes CUDA where it is, else the CPU.")
-    lora: LoraSettings | None = Field(None, description="Train an adapter beside the frozen model; null: all weights.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> ModelSettings:
-        if (self.path is None) == (self.create is None):
-            raise ValueError("give either model.path (a folder) or model.create (the shape of a new model)")
-        return self
 
 
 def device(settings: ModelSettings) -> torch.device:
@@ -109,6 +74,18 @@ def load(
     lora.restore(prepare(model), Path(path).expanduser(), adapter)
     lora.settings_of(model).base_model_name_or_path = base
     return model
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Overwrite the weights of `model`, or of its adapter if it has one, with those in `folder`, of the same shape."""
+    if lora.adapted(model):
+        lora.load_weights(model, folder)
+        return
+    saved = _from_pretrained(AutoModelForCausalLM, str(folder), dtype=model.dtype, use_safetensors=True)
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(f"{folder} holds another model than the one to load it into: {error}") from error
 
 
 def create(
@@ -173,6 +150,11 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     if (off := (planned - plain).abs().max().item()) > tolerance * max(1.0, plain.abs().max().item()):
         raise ConfigError(f"model: {config.model_type} computes other logits under treepo's attention (by {off:.2g})")
     return model
+
+
+def prepared(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, prepared if it is not yet."""
+    return model if getattr(model.config, "_attn_implementation", None) == attention.NAME else prepare(model)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as as_bytes
@@ -23,22 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from treepo.errors import ConfigError
-from treepo.settings import Settings
+from treepo.models.settings import LoraSettings
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
 BASE = "base"  # in a run's folder: the new model that its adapters belong to
-
-
-class LoraSettings(Settings):
-    """Train a LoRA adapter instead of all weights."""
-
-    rank: int = Field(16, ge=1, description="Width of an adapter's bottleneck.")
-    alpha: int = Field(32, ge=1, description="What an adapter adds is multiplied by alpha / rank.")
-    targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear",
-        description="Layers that get an adapter, by the last part of their names, such as q_proj; all-linear: every "
-        "linear layer but the output.",
-    )
 
 
 def attach(model: PreTrainedModel, settings: LoraSettings, base: str, seed: int) -> None:
@@ -86,9 +73,21 @@ def restore(model: PreTrainedModel, folder: Path, settings: LoraSettings | None 
             raise ConfigError(f"model.path: the adapter in {folder} has dropout, with which it cannot be trained here")
     config.inference_mode = False
     _add(model, config, str(config.base_model_name_or_path), 0)
+    try:
+        _overwrite(model, folder, state)
+    except ConfigError:
+        detach(model)
+        raise
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Overwrite the adapter of `model` with the one in `folder`; `ConfigError` if it has other shapes."""
+    _overwrite(model, folder, load_file(folder / WEIGHTS))
+
+
+def _overwrite(model: PreTrainedModel, folder: Path, state: dict[str, Tensor]) -> None:
     own = _state(model)
     if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in state.items()}:
-        detach(model)
         raise ConfigError(f"the adapter in {folder} is for another model")
     for name, value in own.items():
         value.copy_(state[name])

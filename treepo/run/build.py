@@ -1,10 +1,9 @@
-"""From settings to things: the actor that a configuration describes."""
+"""From a configuration to the objects that it describes: the actor, and a run of training."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,11 +18,50 @@ from treepo.errors import ConfigError
 from treepo.files import whole_folder, writing
 from treepo.models import causal_lm, lora
 from treepo.rollouts import Actor, require_room
-from treepo.run.config import Config
+from treepo.run.config import Config, load
+from treepo.run.folder import RunFolder
+from treepo.run.trainer import NOT_FLOAT32, Observer, Trainer
 from treepo.seeds import derive
-from treepo.tasks import Teacher
-from treepo.tasks.scoring import Scorer
+from treepo.tasks.any import teacher_of
 from treepo.warmup import warm_up
+
+
+@contextmanager
+def training(config: Config, *, resume: bool = False, observer: Observer | None = None) -> Iterator[Trainer]:
+    """The run that `config` describes: `with training(config) as trainer: trainer.run()`.
+
+    `resume` goes on after the newest checkpoint in the run's folder.
+    """
+    # What the user may have got wrong comes before what takes long.
+    if config.model.dtype != "float32" and config.model.lora is None:
+        raise ConfigError(f"model.dtype: {NOT_FLOAT32.format(config.model.dtype)}")
+    config.task.problems("train")
+    if config.trainer.eval_every:
+        config.task.problems("test")
+    processes = Processes.started(cpu=causal_lm.device(config.model).type == "cpu")
+    if config.trainer.ahead and processes.count > 1:
+        raise ConfigError("trainer.ahead is for one process: sampling and updates of several would cross")
+    observer = observer if observer and processes.main else Observer()
+    folder = RunFolder(config.out, _described(config), resume=resume, read=lambda path: _described(load(path)))
+    found = folder.latest_checkpoint()
+    processes.wait()  # until everyone has looked, and before anyone writes
+    with (
+        build_actor(config, found, observer.warming_up, processes, folder.path) as actor,
+        Trainer(
+            actor,
+            advantage=config.advantage,
+            loss=config.loss,
+            sampler=config.sampler,
+            settings=config.trainer,
+            evaluation=config.evaluate,
+            folder=folder,
+            seed=config.seed,
+            observer=observer,
+            holds=found,
+            initial=config.model.path,
+        ) as trainer,
+    ):
+        yield trainer
 
 
 def build_actor(
@@ -35,53 +73,65 @@ def build_actor(
 ) -> Actor:
     """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
 
-    A new model is warmed up; `on_warmup(step, steps, loss)` hears of every step. `train_in`: the folder of the run that
-    trains it; only there it gets a new adapter, and a new model is kept there for its adapters. The caller closes the
-    actor.
+    A new model is warmed up; `on_warmup(step, steps, loss)` is called after every step. `train_in`: the folder of the
+    run that trains it. Only there it gets a new adapter, and a new model is kept there for its adapters. The caller
+    closes the actor.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    task, source = config.task, str(weights) if weights else config.model.path
-    device = causal_lm.device(config.model)
-    if config.model.path is not None:
-        tokenizer = causal_lm.load_tokenizer(config.model.path)
-    elif isinstance(task, Teacher):
-        tokenizer = task.tokenizer()
-    else:
-        raise ConfigError(f"task {task.kind!r} has no tokenizer to create a model with: set model.path to a folder")
-    new = source is None
-    if source is not None:
-        model = causal_lm.load(source, config.model.dtype, device, config.model.lora)
-    elif config.model.create is not None:
-        seed = derive(config.seed, "weights")
-        model = causal_lm.create(config.model.create, tokenizer, seed, config.model.dtype, device)
     processes = processes or Processes()
+    tokenizer = _tokenizer(config)
+    model = _model(config, tokenizer, weights)
+    causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
 
     def warm() -> None:
-        if new and config.warmup is not None and isinstance(task, Teacher):
+        teacher = teacher_of(config.task)
+        if weights is None and config.model.path is None and config.warmup is not None and teacher is not None:
             steps = config.warmup.steps
             progress = (lambda step, loss: on_warmup(step, steps, loss)) if on_warmup else None
-            warm_up(model, tokenizer, task, config.warmup, derive(config.seed, "warmup"), progress)
+            warm_up(model, tokenizer, config.task, teacher, config.warmup, derive(config.seed, "warmup"), progress)
 
-    if train_in is not None and config.model.lora is not None and not lora.adapted(model):
+    adapter = config.model.lora
+    first = adapter is not None and train_in is not None and not lora.adapted(model)
+    if adapter is not None and train_in is not None and first:
         # Before the engine starts, which may do so on what the adapter belongs to.
-        causal_lm.stop_ids(model, tokenizer)
         warm()
-        new = False
         base = _base(config.model.path, model, tokenizer, train_in, processes)
-        lora.attach(model, config.model.lora, base, derive(config.seed, "adapter"))
-    with ExitStack() as undo:
-        runner = undo.enter_context(asyncio.Runner())
-        engine = build_engine(config, model, processes)
-        undo.callback(lambda: runner.run(engine.close()))
-        causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
-        runner.run(engine.start())
+        lora.attach(model, adapter, base, derive(config.seed, "adapter"))
+    engine = build_engine(config, model, processes)
+    actor = Actor.of(model, tokenizer, config.task, engine=engine, scoring=config.scoring, processes=processes)
+    try:
         for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
             require_room(engine, shape)
-        warm()
-        scorer = Scorer(task, config.scoring)
-        undo.pop_all()  # the actor's from now on
-    return Actor(task, tokenizer, model, engine, scorer, processes=processes, runner=runner)
+        if not first:
+            warm()
+    except BaseException:  # not handled, only tidied up after
+        actor.close()
+        raise
+    return actor
+
+
+def _described(config: Config) -> dict[str, object]:
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    if config.model.path is not None:
+        return causal_lm.load_tokenizer(config.model.path)
+    teacher = teacher_of(config.task)
+    if teacher is None:
+        raise ConfigError(
+            f"task {config.task.kind!r} has no tokenizer to create a model with: set model.path to a folder"
+        )
+    return teacher.tokenizer()
+
+
+def _model(config: Config, tokenizer: PreTrainedTokenizerBase, weights: Path | None) -> PreTrainedModel:
+    settings, device = config.model, causal_lm.device(config.model)
+    source = str(weights) if weights else settings.path
+    if source is None and settings.create is not None:
+        return causal_lm.create(settings.create, tokenizer, derive(config.seed, "weights"), settings.dtype, device)
+    return causal_lm.load(str(source), settings.dtype, device, settings.lora)
 
 
 def _base(

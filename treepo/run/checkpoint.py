@@ -1,27 +1,30 @@
 """Checkpoints: the whole state of a run in a folder that appears at once or not at all.
 
 `checkpoints/step-000040/` is a Hugging Face model folder, or that of an adapter (which names its base), with two more
-files: `optimizer.safetensors` and `state.json`.
-There is no random state to keep: every draw is keyed by its place. No pickle is written or read.
+files: `optimizer.safetensors` and `state.json`. There is no random state to keep: every draw is keyed by its place. No
+pickle is written or read. Importing this module loads no torch.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from treepo.engines.weight_files import share
 from treepo.errors import ConfigError
 from treepo.files import whole_folder
-from treepo.models import lora
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from treepo.learner.update import Reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,12 @@ def save(
     keep: int,
 ) -> Path:
     """Write `folder/step-NNNNNN` and drop all but the `keep` newest; raises `ConfigError` when the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    from treepo.engines.weight_files import share
+    from treepo.models import lora
+
     final = folder / f"step-{state.step:06d}"
     try:
         with whole_folder(final, sync=True) as part:
@@ -54,7 +63,7 @@ def save(
     except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{final}: cannot write the checkpoint: {reason}; the last complete one stands: "
+            f"{final}: cannot write the checkpoint: {reason}; the last complete one is intact: "
             "make room and continue with --resume"
         ) from error
     for old in _all(folder)[:-keep]:
@@ -75,11 +84,34 @@ def load_state(checkpoint: Path) -> State:
 
 def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
     """Restore the optimizer's moments, bit for bit."""
+    from safetensors.torch import load_file
+
     parameters = dict(model.named_parameters())
     for place, value in load_file(checkpoint / "optimizer.safetensors").items():
         key, _, name = place.partition("|")
         parameter = parameters[name]
         optimizer.state[parameter][key] = value.to(parameter.device if value.dim() else "cpu")
+
+
+def initial_policy(model: PreTrainedModel, kept: Path, source: str | None, *, resumed: bool, keeps: bool) -> Reference:
+    """The policy that a run began with, for a loss with a KL term. A new adapter's is the model without it.
+
+    `source`: folder or Hub name that it was loaded from. Without one it is in the folder `kept`, where a new run puts
+    it if `keeps` (one process does).
+    """
+    from treepo.models import causal_lm, lora
+
+    continued = source is not None and lora.base_of(source) is not None
+    if lora.adapted(model) and not continued:
+        return partial(lora.without, model)
+    if resumed or continued:
+        frozen = causal_lm.load(source or str(kept), str(model.dtype).removeprefix("torch."), model.device)
+    else:
+        frozen = copy.deepcopy(model)
+        if source is None and keeps:
+            frozen.save_pretrained(kept)
+    frozen.requires_grad_(False)
+    return lambda: nullcontext(frozen)
 
 
 def _flat(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -13,73 +13,16 @@ from treepo.advantages import AnyEstimator, TreePO
 from treepo.engines.settings import EngineSettings, LocalSettings
 from treepo.errors import ConfigError, nearest
 from treepo.evaluate import EvaluateSettings
-from treepo.learner.loss import LossSettings
-from treepo.models.attention import PlanName
-from treepo.models.causal_lm import ModelSettings
+from treepo.learner.loss import AnyLoss, PolicyLoss
+from treepo.models.settings import ModelSettings
+from treepo.run.trainer import TrainerSettings
 from treepo.sampler import SamplerSettings
 from treepo.settings import Settings
-from treepo.tasks.dataset import DatasetTask
-from treepo.tasks.lock import LockTask
-from treepo.tasks.program import ProgramTask
+from treepo.tasks.any import AnyTask
 from treepo.tasks.scoring import ScoringSettings
 from treepo.warmup import WarmupSettings
 
 S = TypeVar("S", bound=Settings)
-
-
-class DynamicSampling(Settings):
-    """Replace queries whose leaves all have the same reward (DAPO, arXiv 2503.14476)."""
-
-    oversample: float = Field(1.0, ge=1, description="Queries sampled per query wanted; the paper uses 3.")
-    rounds: int = Field(2, ge=0, description="Most further rounds of sampling when too few queries have spread.")
-
-
-class TrainerSettings(Settings):
-    """The training loop."""
-
-    steps: int = Field(200, ge=1, description="Sampling and update steps.")
-    prompts_per_step: int = Field(8, ge=1, description="Queries whose trees make up one batch.")
-    mini_batches: int = Field(1, ge=1, description="Optimizer updates per batch; with one, the ratio is exactly 1.")
-    lr: float = Field(1e-6, gt=0, description="Learning rate of AdamW after the warm-up.")
-    lr_warmup_steps: int = Field(10, ge=0, description="Steps in which the learning rate rises linearly.")
-    weight_decay: float = Field(0.1, ge=0, description="Weight decay of AdamW.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    max_tokens: int = Field(
-        16384,
-        ge=1,
-        description="Most tokens whose activations an update keeps at once; larger trees are computed in pieces.",
-    )
-    attention: PlanName = Field("auto", description="How packed rows attend; auto: the fastest for device and shape.")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the update's passes; bfloat16: autocast, while the weights stay float32."
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="Compute activations again in the backward pass: less memory, a third more work."
-    )
-    dynamic_sampling: DynamicSampling | None = Field(
-        DynamicSampling(), description="null trains on every query, also where all rewards are the same."
-    )
-    overlong_tokens: int = Field(
-        0,
-        ge=0,
-        description="The reward falls linearly over so many last tokens of the response budget; 0: it does not.",
-    )
-    overlong_penalty: float = Field(1.0, ge=0, description="What a response of the full budget loses.")
-    ahead: bool = Field(
-        False,
-        description="Sample the next step's trees while this step's update is computed: they are one step stale, which "
-        "loss.rollout_cap makes up for. For engines with weights of their own (server, vllm) and a single process.",
-    )
-    max_error_rate: float = Field(0.2, ge=0, le=1, description="A step with more leaves without reward fails the run.")
-    eval_every: int = Field(
-        20, ge=0, description="Steps between held-out evaluations, with one at either end; 0: none at all."
-    )
-    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; the oldest go first.")
-    save_trees_every: int = Field(10, ge=0, description="Steps between rollouts written to disk; 0: none.")
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Experiment trackers that get every metric, through accelerate."
-    )
 
 
 class Config(Settings):
@@ -90,14 +33,14 @@ class Config(Settings):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of torch; small models are fastest with 1. Default: torch's choice."
     )
-    task: Annotated[ProgramTask | LockTask | DatasetTask, Field(discriminator="kind")]
+    task: AnyTask
     model: ModelSettings
     warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
     engine: EngineSettings = Field(LocalSettings(), description="What decodes: this process, or servers.")
     sampler: SamplerSettings = SamplerSettings()
     scoring: ScoringSettings = ScoringSettings()
     advantage: Annotated[AnyEstimator, Field(description="Estimator of advantages.")] = TreePO()
-    loss: LossSettings = LossSettings()
+    loss: Annotated[AnyLoss, Field(description="The loss.")] = PolicyLoss()
     trainer: TrainerSettings = TrainerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
@@ -111,7 +54,7 @@ class Config(Settings):
             raise ValueError("trainer.overlong_tokens must not exceed the response budget (segment_tokens * max_depth)")
         if self.trainer.ahead and self.engine.kind == "local":
             raise ValueError("trainer.ahead needs an engine with weights of its own: engine.kind=server or vllm")
-        if self.trainer.ahead and self.loss.rollout_cap is None:
+        if self.trainer.ahead and isinstance(self.loss, PolicyLoss) and self.loss.rollout_cap is None:
             raise ValueError("trainer.ahead trains on stale trees: correct for it by loss.rollout_cap, such as 2.0")
         if self.warmup is not None and self.model.create is None:
             raise ValueError(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from treepo import __version__
 from treepo.errors import ConfigError
 from treepo.files import forget_parts, whole_file, writing
 from treepo.run import checkpoint
-from treepo.run import config as configuration
-from treepo.run.config import Config
+from treepo.run.metrics import Metrics
 from treepo.tree import ScoredTree, write_trees
-
-Metrics = dict[str, Any]
 
 REMEDY = "mend it, and continue with --resume"
 
@@ -23,34 +22,49 @@ REMEDY = "mend it, and continue with --resume"
 MAY_CHANGE = {"trainer": {"steps", "eval_every", "save_every", "keep_checkpoints", "save_trees_every", "trackers"}}
 
 
-class RunFolder:
-    """Belongs to one run; one that holds a run already is refused unless that run is resumed with its own settings.
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return values
 
-    `claim` makes it this run's, once all that can be checked beforehand is.
+
+class RunFolder:
+    """Belongs to one run. One that holds a run already is refused, unless that run is resumed with its own settings.
+
+    `settings` are all settings of the run by section; `read` gives those of an earlier one back from its
+    `config.yaml`. `claim` writes them, once all that can be checked beforehand is checked.
     """
 
-    def __init__(self, config: Config, *, resume: bool) -> None:
-        self.path = Path(config.out)
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        read: Callable[[Path], Mapping[str, Any]] = read_yaml,
+    ) -> None:
+        self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self._config = config
+        self.settings = settings
         self._resolved = self.path / "config.yaml"
         if self._resolved.exists():
             if not resume:
                 raise ConfigError(
-                    f"out: {self.path} holds a run already: continue it with --resume, or choose another (out=...)"
+                    f"out: {self.path} holds a run already: continue it with --resume (resume=True), or choose another "
+                    "(out=...)"
                 )
-            self._require_same(configuration.load(self._resolved), config)
+            self._require_same(read(self._resolved))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: cannot write to {self.path}: {error.strerror}") from error
 
     def claim(self) -> None:
-        """Write the resolved configuration."""
+        """Write the settings."""
+        text = yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True, width=120)
         with writing(self.path, REMEDY):
-            header = f"# treepo {__version__}\n"
-            self._resolved.write_text(header + configuration.dump(self._config), encoding="utf-8")
+            self._resolved.write_text(f"# treepo {__version__}\n{text}", encoding="utf-8")
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -61,12 +75,12 @@ class RunFolder:
         with writing(self.metrics, REMEDY), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def write_trees(self, step: int, rollouts: Sequence[ScoredTree]) -> None:
-        """Keep the rollouts of a step."""
-        trees = self.path / "trees"
-        with writing(trees, REMEDY):
-            trees.mkdir(exist_ok=True)
-            write_trees(trees / f"step-{step:06d}.jsonl.gz", rollouts)
+    def write_trees(self, step: int, trees: Sequence[ScoredTree]) -> None:
+        """Keep the trees of a step."""
+        folder = self.path / "trees"
+        with writing(folder, REMEDY):
+            folder.mkdir(exist_ok=True)
+            write_trees(folder / f"step-{step:06d}.jsonl.gz", trees)
 
     def forget_after(self, step: int | None) -> None:
         """Drop what a killed run reported after its last checkpoint (None: it had none): it will be done again."""
@@ -78,13 +92,14 @@ class RunFolder:
         for file in (self.path / "trees").glob("step-*.jsonl.gz"):
             if step is None or int(file.name[5:11]) > step:
                 file.unlink()
-        forget_parts(self.checkpoints)
+        for folder in (self.checkpoints, self.path / "trees"):
+            forget_parts(folder)
 
-    def _require_same(self, before: Config, now: Config) -> None:
-        for name, old, new in _differences(_binding(before), _binding(now)):
+    def _require_same(self, before: Mapping[str, Any]) -> None:
+        for name, old, new in _differences(_binding(before), _binding(self.settings)):
             raise ConfigError(
                 f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume with its own settings "
-                f"({self.path / 'config.yaml'}), or start another run (out=...)"
+                f"({self._resolved}), or start another run (out=...)"
             )
 
 
@@ -93,11 +108,10 @@ def read_metrics(path: Path) -> list[Metrics]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _binding(config: Config) -> dict[str, Any]:
-    values = config.model_dump(mode="json")
-    del values["out"]  # the folder may have moved
+def _binding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    values = {name: value for name, value in settings.items() if name != "out"}  # the folder may have moved
     for section, names in MAY_CHANGE.items():
-        values[section] = {key: value for key, value in values[section].items() if key not in names}
+        values[section] = {key: value for key, value in (values.get(section) or {}).items() if key not in names}
     return values
 
 

@@ -1,48 +1,92 @@
 """The training loop, the only stateful part: problems -> trees -> rewards -> advantages -> packed updates.
 
-    with Trainer(config) as trainer:
+    actor = Actor.of(model, tokenizer, task)
+    with Trainer(actor, advantage=TreePO(), settings=TrainerSettings(steps=50), folder="runs/mine") as trainer:
         trainer.run()
 
-The same configuration gives the same run; a killed run that is resumed ends bit-identical to one that was not (on one
-CPU with the same number of threads).
+`treepo.run.build.training` makes the same objects from a configuration. The same objects and seed give the same run. A
+killed run that is resumed ends bit-identical to one that was not (on one CPU with the same number of threads).
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel
+from pydantic import Field
 
-from treepo.distributed import Processes
-from treepo.errors import ConfigError, EngineError
-from treepo.evaluate import Evaluation, evaluate
-from treepo.learner.update import Updater
-from treepo.models import causal_lm, lora
+from treepo.advantages import Advantage, TreePO
+from treepo.errors import ConfigError, DivergenceError, EngineError
+from treepo.evaluate import EvaluateSettings, Evaluation, evaluate
+from treepo.learner.loss import Loss, PolicyLoss
+from treepo.learner.settings import LearnerSettings
+from treepo.rollouts import Actor
 from treepo.run import checkpoint
-from treepo.run.build import build_actor
-from treepo.run.checkpoint import State
-from treepo.run.config import Config
-from treepo.run.folder import Metrics, RunFolder
+from treepo.run.checkpoint import State, initial_policy
+from treepo.run.folder import RunFolder
+from treepo.run.metrics import Metrics, describe
+from treepo.run.tracking import Trackers
+from treepo.sampler import Sampler, SamplerSettings, TreeSampler
 from treepo.seeds import generator
+from treepo.settings import Settings
 from treepo.tasks import Problem
-from treepo.tree import ScoredTree, Stop
+from treepo.tree import ScoredTree
+
+NOT_FLOAT32 = (
+    "training needs float32 weights, because updates are lost in {}; sample and eval take any, and so does model.lora, "
+    "whose adapters are float32"
+)
+
+
+class DynamicSampling(Settings):
+    """Replace prompts whose leaves all have the same reward (DAPO, arXiv 2503.14476)."""
+
+    oversample: float = Field(1.0, ge=1, description="Prompts sampled per prompt wanted; the paper uses 3.")
+    rounds: int = Field(2, ge=0, description="Most further rounds of sampling when too few prompts have spread.")
+
+
+class TrainerSettings(LearnerSettings):
+    """The training loop, with the settings of the learner."""
+
+    steps: int = Field(200, ge=1, description="Sampling and update steps.")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts whose trees make up one batch.")
+    dynamic_sampling: DynamicSampling | None = Field(
+        DynamicSampling(), description="null trains on every prompt, also where all rewards are the same."
+    )
+    overlong_tokens: int = Field(
+        0,
+        ge=0,
+        description="The reward falls linearly over so many last tokens of the response budget; 0: it does not.",
+    )
+    overlong_penalty: float = Field(1.0, ge=0, description="What a response of the full budget loses.")
+    ahead: bool = Field(
+        False,
+        description="Sample the next step's trees while this step's update is computed: they are one step stale, which "
+        "loss.rollout_cap makes up for. For engines with weights of their own (server, vllm) and a single process.",
+    )
+    max_error_rate: float = Field(0.2, ge=0, le=1, description="A step with more leaves without reward fails the run.")
+    eval_every: int = Field(
+        20, ge=0, description="Steps between held-out evaluations, with one at either end; 0: none at all."
+    )
+    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; the oldest go first.")
+    save_trees_every: int = Field(10, ge=0, description="Steps between trees written to disk; 0: none.")
+    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
+        [], description="Experiment trackers that get every metric, through accelerate."
+    )
 
 
 class Observer:
-    """Hears what a run does. This one does not look; the command line's shows progress."""
+    """Is told how a run goes. This one ignores it; the command line's shows progress."""
 
     def warming_up(self, step: int, steps: int, loss: float) -> None: ...
 
@@ -65,56 +109,93 @@ class Collected(NamedTuple):
     sampled: list[ScoredTree]
     used: list[ScoredTree]  # to train on
     position: int  # in the stream of problems, after them
+    sample_s: float
+    score_s: float
 
 
 class Trainer:
-    """A run in its folder (`RunFolder`); `resume` goes on after the newest checkpoint."""
+    """A run in its folder. The caller closes the actor, which can be used further.
 
-    def __init__(self, config: Config, *, resume: bool = False, observer: Observer | None = None) -> None:
-        self.config = config
-        self.state = State()
-        self.stopping = False
-        self._exit = ExitStack()
-        # What the user may have got wrong comes before what takes long.
-        if config.model.dtype != "float32" and config.model.lora is None:
-            raise ConfigError(
-                f"model.dtype: training needs float32 weights, because updates are lost in {config.model.dtype}; "
-                "sample and eval take any, and so does model.lora, whose adapters are float32"
-            )
-        self.problems = config.task.problems("train")
-        tested = config.task.problems("test")[: config.evaluate.problems] if config.trainer.eval_every else ()
-        self.accelerator = self._accelerator()
-        self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
-        if config.trainer.ahead and self.processes.count > 1:
+    `advantage` and `loss` are any objects of these protocols. `sampler`: the shape of the trees, or an object that
+    grows them. `folder`: a path, or a `RunFolder` with the settings to keep in it. `resume`: go on after the newest
+    checkpoint in the folder; its weights are loaded into the actor's model, unless it `holds` them already. `initial`:
+    folder or Hub name of the initial policy for a loss with a KL term; default: the run keeps a copy of the model.
+    """
+
+    def __init__(
+        self,
+        actor: Actor,
+        *,
+        advantage: Advantage | None = None,
+        loss: Loss | None = None,
+        sampler: SamplerSettings | TreeSampler | None = None,
+        settings: TrainerSettings | None = None,
+        evaluation: EvaluateSettings | None = None,
+        folder: RunFolder | str | Path = "runs/run",
+        seed: int = 0,
+        resume: bool = False,
+        observer: Observer | None = None,
+        holds: Path | None = None,
+        initial: str | None = None,
+    ) -> None:
+        # Only here, so that a configuration can name the settings above without torch.
+        from treepo.learner.update import Learner
+        from treepo.models import causal_lm
+
+        self.actor, self.processes = actor, actor.processes
+        self.settings = settings or TrainerSettings()
+        self.evaluation = evaluation or EvaluateSettings()
+        own = sampler is not None and not isinstance(sampler, SamplerSettings)
+        # What evaluation takes from a sampler of another kind: the budget and the stopping rule.
+        shape = getattr(sampler, "settings", None) if own else sampler
+        self.shape = shape if isinstance(shape, SamplerSettings) else SamplerSettings()
+        self.sampler: TreeSampler = sampler if own else actor.sampler(self.shape)  # type: ignore[assignment]
+        self.seed, self.state, self.stopping = seed, State(), False
+        advantage, loss = advantage or TreePO(), loss or PolicyLoss()
+        for name, parameter in actor.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype.itemsize < 4:
+                raise ConfigError(f"model: {name}: {NOT_FLOAT32.format(parameter.dtype)}")
+        if self.settings.ahead and self.processes.count > 1:
             raise ConfigError("trainer.ahead is for one process: sampling and updates of several would cross")
         self.observer = observer if observer and self.processes.main else Observer()
-        self.folder = RunFolder(config, resume=resume)
-        found = self.folder.latest_checkpoint()
-        self.processes.wait()  # until everyone has looked, and before anyone writes
-        self.actor = build_actor(config, found, self.observer.warming_up, self.processes, self.folder.path)
-        self._exit.enter_context(self.actor)
+        if not isinstance(folder, RunFolder):
+            folder = RunFolder(folder, self._described(advantage, loss), resume=resume)
+        self.folder = folder
+        self._exit = ExitStack()
         try:
-            if isinstance(self.problems, tuple):  # read from a file, where any may be too long; not generated on demand
-                for problem in (*self.problems, *tested):
-                    self.actor.encode(problem, config.sampler)
-            model, settings = self.actor.model, config.trainer
-            if settings.gradient_checkpointing:
-                causal_lm.checkpoint_activations(model)
-            self.processes.copy_from_main(model.parameters())
-            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-            self.optimizer = optimizer
+            self.problems = self._checked_problems()
+            found = self.folder.latest_checkpoint()
+            self.processes.wait()  # until everyone has looked, and before anyone writes
+            if found and found != holds:
+                causal_lm.load_weights(actor.model, found)
+            self.processes.copy_from_main(actor.model.parameters())
+            reference = None
+            if loss.needs_reference:
+                kept = self.folder.path / "reference"
+                reference = initial_policy(actor.model, kept, initial, resumed=bool(found), keeps=self.processes.main)
+            self.learner = Learner(
+                actor.model,
+                advantage,
+                loss,
+                self.settings,
+                temperature=self.shape.sampling.temperature,
+                seed=seed,
+                reference=reference,
+                processes=self.processes,
+            )
             if found:
                 self.state = checkpoint.load_state(found)
-                checkpoint.load_optimizer(found, model, optimizer)
-            self.actor.load_weights(self.state.step)
+                checkpoint.load_optimizer(found, actor.model, self.learner.optimizer)
+            actor.load_weights(self.state.step)
             if self.processes.main:
                 self.folder.claim()
                 self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
-            self.updater = Updater(config, model, self._reference(resumed=bool(found)), optimizer, self.processes)
+            self._trackers = Trackers(self.settings.trackers, self.folder, cpu=actor.model.device.type == "cpu")
             self._ahead: Future[Collected] | None = None  # what the next step will train on, under way
-            self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if config.trainer.ahead else None
-            self._exit.callback(self.actor.interrupt)  # first, so that the pool need not wait for long
+            self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if self.settings.ahead else None
+            self._exit.callback(actor.loop.interrupt)  # before the thread above is awaited
+            self._writer = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+            self._writing: Future[None] | None = None  # of a step's trees to the disk
         except BaseException:  # not handled, only tidied up after
             self._exit.close()
             raise
@@ -130,8 +211,8 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to `trainer.steps`; after `stop()`, end with a checkpoint once the step under way is finished."""
-        settings = self.config.trainer
+        """Train to `steps`; after `stop()`, end with a checkpoint once the step under way is finished."""
+        settings = self.settings
         if self.state.step == 0:
             if self.folder.latest_checkpoint() is None:
                 self._save()  # a new model's warm-up need not be repeated after a crash
@@ -151,7 +232,8 @@ class Trainer:
         self._ahead = None  # of a run that was stopped: resumed, it samples anew
         if self.state.step % settings.save_every:
             self._save()
-        self.accelerator.end_training()
+        self._finish_writing()
+        self._trackers.finish()
 
     def stop(self) -> None:
         """Ask `run` to end after the current step."""
@@ -159,180 +241,168 @@ class Trainer:
 
     def _step(self, step: int) -> Metrics:
         start = time.perf_counter()
-        spent = dict(self.actor.seconds)
-        sampled, used, position = self._ahead.result() if self._ahead else self._collect(step, self.state.position)
+        collected = self._ahead.result() if self._ahead else self._collect(step, self.state.position)
         # While this step's update is computed, the engine goes on with the weights that it has.
         self._ahead = None
-        if self._sampling and step < self.config.trainer.steps and not self.stopping:
-            self._ahead = self._sampling.submit(self._collect, step + 1, position)
-        metrics = self._describe(step, sampled, used)
+        if self._sampling and step < self.settings.steps and not self.stopping:
+            self._ahead = self._sampling.submit(self._collect, step + 1, collected.position)
+        every = self.settings.save_trees_every
+        if self.processes.main and every and step % every == 0:
+            self._finish_writing()
+            self._writing = self._writer.submit(self.folder.write_trees, step, collected.sampled)
         update_start = time.perf_counter()
-        planned = self.updater.plan
-        metrics |= self.updater(step, used)
-        if self.updater.plan and not planned:
-            self.observer.planned(self.updater.plan)
-        if (
-            self.processes.main
-            and self.config.trainer.save_trees_every
-            and step % self.config.trainer.save_trees_every == 0
-        ):
-            self.folder.write_trees(step, sampled)
+        planned = self.learner.plan
+        budget = self.sampler.response_tokens
+        try:
+            learned = self.learner(step, [overlong(tree, self.settings, budget) for tree in collected.used])
+        except DivergenceError as error:
+            raise DivergenceError(
+                f"step {step}: {error}: start another run with a lower trainer.lr, from a checkpoint (--model "
+                f"{self.folder.latest_checkpoint()})"
+            ) from error
+        if self.learner.plan and not planned:
+            self.observer.planned(self.learner.plan)
         if self._ahead:
             wait([self._ahead])  # weights change between batches only
         self.actor.load_weights(step)
         end = time.perf_counter()
-        metrics["seconds"] = {
-            "step": end - start,
-            **{part: self.actor.seconds[part] - spent[part] for part in ("sample", "score")},
-            "update": end - update_start,
+        metrics = describe(step, collected.sampled, collected.used) | learned
+        metrics |= {
+            "seconds/step": end - start,
+            "seconds/sample": collected.sample_s,
+            "seconds/score": collected.score_s,
+            "seconds/update": end - update_start,
         }
-        tokens = self.state.generated_tokens + metrics["tokens_generated"]
-        self.state = State(step, position, tokens, self.state.seconds + end - start)
+        tokens = self.state.generated_tokens + metrics["tokens/generated"]
+        self.state = State(step, collected.position, tokens, self.state.seconds + end - start)
         return metrics
 
     # Sampling --------------------------------------------------------------------------------------------------------
 
     def _collect(self, step: int, position: int) -> Collected:
-        """The rollouts of a step, whose problems begin at `position` of their stream."""
-        settings, dynamic = self.config.trainer, self.config.trainer.dynamic_sampling
+        """The trees of a step, whose problems begin at `position` of their stream."""
+        settings, dynamic = self.settings, self.settings.dynamic_sampling
         wanted = settings.prompts_per_step
         sampled: list[ScoredTree] = []
         useful: list[ScoredTree] = []
+        sample_s = score_s = 0.0
         for _ in range(1 + (dynamic.rounds if dynamic else 0)):
             missing = wanted - len(useful)
             asked = math.ceil(missing * dynamic.oversample) if dynamic else missing
             keyed = [(f"train/{p}/{problem.id}", problem) for p, problem in self._problems_from(position, asked)]
             position += asked
-            rollouts = self.actor.rollouts(
+            found = self.actor.sample(
                 keyed,
-                self.config.sampler,
-                self.config.seed,
+                self.sampler,
+                self.seed,
                 progress=(step - 1) / settings.steps,
                 on_progress=partial(self.observer.sampling, step),
             )
-            sampled += rollouts
+            sampled += found.trees
+            sample_s, score_s = sample_s + found.sample_s, score_s + found.score_s
             self._check_errors(step, sampled)
-            useful += [r for r in rollouts if r.has_spread] if dynamic else rollouts
+            useful += [tree for tree in found.trees if tree.has_spread] if dynamic else found.trees
             if len(useful) >= wanted:
                 break
         if len(useful) > wanted:  # at random, so that quick problems are not preferred
-            useful = generator(self.config.seed, "keep", step).sample(useful, wanted)
-        return Collected(sampled, useful, position)
+            useful = generator(self.seed, "keep", step).sample(useful, wanted)
+        return Collected(sampled, useful, position, sample_s, score_s)
+
+    def _checked_problems(self) -> Sequence[Problem]:
+        """The training problems. Those that were read, and not generated on demand, must all fit the context."""
+        problems = self.actor.task.problems("train")
+        tested = self.actor.task.problems("test")[: self.evaluation.problems] if self.settings.eval_every else ()
+        if isinstance(problems, list | tuple):
+            for problem in (*problems, *tested):
+                self.actor.encode(problem, self.sampler.response_tokens)
+        return problems
 
     def _problems_from(self, position: int, count: int) -> Iterator[tuple[int, Problem]]:
         """`count` problems of the endless stream of shuffled epochs, with their positions."""
         n = len(self.problems)
         for p in range(position, position + count):
-            yield p, self.problems[_epoch(self.config.seed, p // n, n)[p % n]]
+            yield p, self.problems[_epoch(self.seed, p // n, n)[p % n]]
 
-    def _check_errors(self, step: int, rollouts: Sequence[ScoredTree]) -> None:
-        rewards = [reward for r in rollouts for reward in r.rewards]
+    def _check_errors(self, step: int, trees: Sequence[ScoredTree]) -> None:
+        rewards = [reward for tree in trees for reward in tree.rewards]
         unknown = rewards.count(None)
-        if unknown > self.config.trainer.max_error_rate * len(rewards):
-            reasons = Counter(why for r in rollouts for why in r.reasons.values())
+        if unknown > self.settings.max_error_rate * len(rewards):
+            reasons = Counter(why for tree in trees for why in tree.reasons.values())
             why, times = reasons.most_common(1)[0]
             raise EngineError(
                 f"step {step}: {unknown} of {len(rewards)} leaves have no reward, above trainer.max_error_rate "
-                f"({self.config.trainer.max_error_rate:g}); the most frequent reason ({times} times): {why}"
+                f"({self.settings.max_error_rate:g}); the most frequent reason ({times} times): {why}"
             )
 
     # Reporting and keeping -------------------------------------------------------------------------------------------
 
-    def _describe(self, step: int, sampled: Sequence[ScoredTree], used: Sequence[ScoredTree]) -> Metrics:
-        leaves = [(r.tree, leaf) for r in sampled for leaf in r.tree.leaves()]
-        rewards = [reward for r in sampled for reward in r.rewards if reward is not None]
-        unique = sum(r.tree.unique_tokens for r in sampled)
-        flat = sum(r.tree.flat_tokens for r in sampled)
-        logprobs = [lp for r in sampled for node in r.tree.nodes for lp in node.logprobs]
-        versions = [node.version for r in sampled for node in r.tree.nodes[1:]]
-        stops = Counter(str(tree.nodes[leaf].stop) for tree, leaf in leaves)
-        return {
-            "step": step,
-            "reward": float(np.mean(rewards)) if rewards else None,
-            "queries_sampled": len(sampled),
-            "queries_used": len(used),
-            "leaves": len(leaves),
-            "unscored": sum(reward is None for r in sampled for reward in r.rewards),
-            "tokens_generated": unique,
-            "tokens_flat": flat,
-            "sharing": flat / max(1, unique),
-            "response_tokens": flat / len(leaves),
-            "surprisal": -float(np.mean(logprobs)) if logprobs else None,  # an estimate of the entropy, in nats
-            "staleness": float(np.mean([step - 1 - v for v in versions])) if versions else None,
-            "mixed_versions": float(np.mean([len({n.version for n in r.tree.nodes[1:]}) > 1 for r in sampled])),
-            "stops": {stop.value: stops[stop.value] for stop in Stop if stops[stop.value]},
-        }
-
     def _evaluate(self) -> None:
-        step, config = self.state.step, self.config
+        step = self.state.step
         report = partial(self.observer.evaluating, step)
-        found = evaluate(self.actor, config.sampler, config.evaluate, config.seed, report)
-        self._record({"step": step, "tokens_total": self.state.generated_tokens, "evaluation": found.to_json()})
+        found = evaluate(self.actor, self.shape, self.evaluation, self.seed, report)
+        self._record({"step": step, "tokens/total": self.state.generated_tokens} | found.metrics())
         self.observer.evaluated(step, found)
 
     def _record(self, metrics: Metrics) -> None:
         if self.processes.main:
             self.folder.record(metrics)
-        self.accelerator.log(_numbers(metrics), step=metrics["step"])
+        self._trackers.log(metrics)
 
     def _save(self) -> None:
+        self._finish_writing()  # a run resumed from here does not write these trees again
         if self.processes.main:
             path = checkpoint.save(
                 self.folder.checkpoints,
                 self.actor.model,
                 self.actor.tokenizer,
-                self.optimizer,
+                self.learner.optimizer,
                 self.state,
-                self.config.trainer.keep_checkpoints,
+                self.settings.keep_checkpoints,
             )
             self.observer.saved(path)
 
-    def _reference(self, *, resumed: bool) -> Callable[[], AbstractContextManager[PreTrainedModel]] | None:
-        """The initial policy, to be entered, if the loss asks for it; that of a new model is kept in the run's folder.
+    def _finish_writing(self) -> None:
+        """Wait for the trees that are being written; raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
-        Where a new adapter is trained, it is the model without it.
-        """
-        settings, kept = self.config.model, self.folder.path / "reference"
-        if not self.config.loss.kl:
-            return None
-        continued = settings.path is not None and lora.base_of(settings.path) is not None
-        if lora.adapted(self.actor.model) and not continued:
-            return partial(lora.without, self.actor.model)
-        if resumed or continued:
-            model = causal_lm.load(settings.path or str(kept), settings.dtype, self.actor.model.device)
-        else:
-            model = copy.deepcopy(self.actor.model)
-            if settings.path is None and self.processes.main:
-                model.save_pretrained(kept)
-        frozen = model.requires_grad_(False)
-        return lambda: nullcontext(frozen)
+    def _described(self, advantage: Advantage, loss: Loss) -> dict[str, Any]:
+        """The run's settings, for the folder of a run that no configuration describes."""
+        objects = {
+            "task": self.actor.task,
+            "engine": self.actor.engine,
+            "sampler": self.shape if isinstance(self.sampler, Sampler) else self.sampler,
+            "advantage": advantage,
+            "loss": loss,
+            "trainer": self.settings,
+            "evaluate": self.evaluation,
+        }
+        return {"seed": self.seed} | {
+            name: thing.model_dump(mode="json", by_alias=True)
+            if isinstance(thing, Settings)
+            else {"kind": f"{type(thing).__module__}:{type(thing).__qualname__}"}
+            for name, thing in objects.items()
+        }
 
-    def _accelerator(self) -> Accelerator:
-        trackers = list(self.config.trainer.trackers)
-        for name in trackers:
-            from importlib.util import find_spec
 
-            if find_spec(name) is None:
-                raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
-        cpu = causal_lm.device(self.config.model).type == "cpu"
-        accelerator = Accelerator(cpu=cpu, log_with=trackers or None, project_dir=self.config.out)
-        if trackers:
-            accelerator.init_trackers("treepo", _numbers(self.config.model_dump(mode="json")))
-        return accelerator
+def overlong(tree: ScoredTree, settings: TrainerSettings, budget: int) -> ScoredTree:
+    """`tree` with the overlong penalty in its rewards (DAPO's soft punishment, arXiv 2503.14476, eq. 13).
+
+    `budget` is the most tokens of a response.
+    """
+    window = settings.overlong_tokens
+    if not window:
+        return tree
+    excess = [max(0, tree.tree.response_length(leaf) - (budget - window)) for leaf in tree.tree.leaves()]
+    rewards = [
+        None if reward is None else reward - settings.overlong_penalty * over / window
+        for reward, over in zip(tree.rewards, excess, strict=True)
+    ]
+    return replace(tree, rewards=rewards)
 
 
 @lru_cache(2)
 def _epoch(seed: int, epoch: int, problems: int) -> list[int]:
     """The order of the problems in an epoch; kept, because shuffling many takes longer than some steps."""
     return generator(seed, "epoch", epoch).sample(range(problems), problems)
-
-
-def _numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float | int | str | bool]:
-    """Nested values under dotted names, for trackers."""
-    flat: dict[str, float | int | str | bool] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, float | int | str | bool):
-            flat[prefix + name] = value
-    return flat

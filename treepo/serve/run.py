@@ -15,7 +15,7 @@ from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError
 from treepo.models import causal_lm
-from treepo.models.causal_lm import ModelSettings
+from treepo.models.settings import ModelSettings
 from treepo.serve.app import build_app
 from treepo.serve.prefixes import Prefixes
 from treepo.serve.schemas import Server

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support.random_trees import grow_random, rollout_of
 from treepo.errors import ConfigError
 from treepo.forest import Forest
-from treepo.learner.packing import PackedBatch, fold, pack
+from treepo.learner.packing import PackedBatch, fold, pack_row
 from treepo.models.attention import HERE, Causal, Dense, Flex, Plan, Varlen, _attend, plan_for, visible
 from treepo.models.attention.blocks import Blocks, refused
 from treepo.models.attention.chains import CALL, Chains, Take, cost
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def row_of(rollouts: list[ScoredTree]) -> PackedBatch:
     forest = Forest.of(rollouts)
-    return pack(rollouts, forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
+    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
 
 
 def random_row(seed: int, count: int = 3, leaves: int = 12, segment: int = 6) -> PackedBatch:

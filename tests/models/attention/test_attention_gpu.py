@@ -9,7 +9,7 @@ import torch
 from tests.support.random_trees import grow_random, rollout_of
 from treepo.errors import ConfigError
 from treepo.forest import Forest
-from treepo.learner.packing import PackedBatch, fold, pack
+from treepo.learner.packing import PackedBatch, fold, pack_row
 from treepo.models.attention import Dense, Flex, plan_for
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -20,7 +20,7 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 64
 def row_of(seeds: range) -> PackedBatch:
     rollouts = [rollout_of(grow_random(seed, leaves=20, segment=30)) for seed in seeds]
     forest = Forest.of(rollouts)
-    return pack(rollouts, forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
+    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
 
 
 def qkv(batch: PackedBatch, past: int, dtype: torch.dtype) -> list[torch.Tensor]:

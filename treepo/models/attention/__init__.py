@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from treepo.models.attention.flex import Flex
 from treepo.models.attention.plan import Causal, Dense, Ints, Plan, visible
 from treepo.models.attention.tiling import cuts_of
 from treepo.models.attention.varlen import Varlen, kernel
+from treepo.models.settings import PlanName
 
 __all__ = [
     "ELSEWHERE",
@@ -46,7 +47,6 @@ __all__ = [
 
 NAME = "treepo"
 
-PlanName = Literal["auto", "blocks", "chains", "flex", "varlen", "reference"]
 HERE: dict[str, tuple[str, ...]] = {
     "cpu": ("auto", "blocks", "chains", "reference"),
     "cuda": ("auto", "flex", "varlen", "chains", "reference"),

@@ -1,0 +1,36 @@
+"""Experiment trackers (tensorboard, trackio, wandb), through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from treepo.errors import ConfigError
+from treepo.run.folder import RunFolder
+from treepo.run.metrics import Metrics, flat_numbers
+
+
+class Trackers:
+    """The trackers called `names`, which get the settings of the run in `folder` and then every line of its metrics."""
+
+    def __init__(self, names: Sequence[str], folder: RunFolder, *, cpu: bool) -> None:
+        self._accelerator: Any = None
+        for name in names:
+            if find_spec(name) is None:
+                raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
+        if names:
+            from accelerate import Accelerator
+
+            self._accelerator = Accelerator(cpu=cpu, log_with=list(names), project_dir=str(folder.path))
+            self._accelerator.init_trackers("treepo", flat_numbers(folder.settings))
+
+    def log(self, metrics: Metrics) -> None:
+        """Send a line of metrics."""
+        if self._accelerator is not None:
+            self._accelerator.log(flat_numbers(metrics), step=metrics["step"])
+
+    def finish(self) -> None:
+        """Let them send what is left."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
