@@ -22,8 +22,8 @@ from tests.support.small_runs import save_model, save_questions, small_config, w
 from tests.tasks.test_scoring import gone
 from treepo.cli import app, main
 from treepo.report.console import Growing
+from treepo.run.build import training
 from treepo.run.config import load
-from treepo.run.trainer import Trainer
 from treepo.tree import read_trees
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *a
 def finished_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     config = small_config(folder, "trainer.eval_every=1", "trainer.steps=1")
-    with Trainer(config) as trainer:
+    with training(config) as trainer:
         trainer.run()
     return folder / "run"
 
@@ -112,7 +112,7 @@ def test_a_users_own_model_and_questions_train_sample_and_evaluate(family: str, 
     assert len(rollouts) == 2 and all(len(r.tree.leaves()) == 4 for r in rollouts)
 
     result = run("eval", tmp_path / "run", "evaluate.samples=2", "--json")
-    assert result.exit_code == 0 and json.loads(result.output)["samples"] == 2
+    assert result.exit_code == 0 and json.loads(result.output)["eval/samples"] == 2
 
 
 def test_a_run_folder_stands_for_its_configuration_and_newest_model(finished_run: Path) -> None:

@@ -71,7 +71,10 @@ def test_an_evaluation_is_a_function_of_model_and_seed(tmp_path) -> None:
         for estimate in (first.greedy, first.pass_at_1, first.pass_at_k, first.maj_at_k):
             assert 0 <= estimate.low <= estimate.mean <= estimate.high <= 1
         assert first.pass_at_1.mean <= first.pass_at_k.mean
-        assert set(first.to_json()) >= {"greedy", "pass_at_1", "pass_at_k", "maj_at_k", "problems", "samples"}
+        metrics = first.metrics()
+        assert metrics["eval/sampled/pass@8"] == first.pass_at_k.mean
+        names = {"eval/greedy/pass@1", "eval/sampled/pass@1/low", "eval/sampled/maj@8/high", "eval/problems"}
+        assert names <= metrics.keys()
 
 
 @pytest.mark.parametrize("slots", [3, 128])
@@ -87,7 +90,7 @@ def test_answering_all_at_once_measures_the_same_as_answering_greedily_first(tmp
         asked = [(f"test/{problem.id}", problem) for problem in actor.task.problems("test")[:6]]
         iid = config.sampler.model_copy(update={"mode": "iid", "width": 5, "sampling": config.evaluate.sampling})
         one = iid.model_copy(update={"width": 1, "sampling": Sampling(temperature=0.0)})
-        greedy, sampled = actor.rollouts(asked, one, seed), actor.rollouts(asked, iid, seed)
+        greedy, sampled = (actor.sample(asked, actor.sampler(shape), seed).trees for shape in (one, iid))
         right = np.array([[reward == 1.0 for reward in r.rewards] for r in sampled])
         said = [[actor.task.final_answer(actor.decode(r.tree.response(n))) for n in r.tree.leaves()] for r in sampled]
         assert found.greedy.mean == np.mean([r.rewards[0] for r in greedy])

@@ -62,7 +62,8 @@ def with_reward(folder, code):
 
 
 def actor(policy, task, engine, scorer):
-    return Actor(task, causal_lm.load_tokenizer(policy), causal_lm.load(policy), engine, scorer)
+    tokenizer, model = causal_lm.load_tokenizer(policy), causal_lm.load(policy)
+    return Actor(task, tokenizer, model, engine, scorer, causal_lm.stop_ids(model, tokenizer))
 
 
 def wait_for(path):
@@ -86,7 +87,9 @@ def test_a_reward_that_is_waited_for_holds_up_no_sampling_and_no_sampling_holds_
     scorer = Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=1))
     with actor(policy, task, ScriptedEngine(reply), scorer) as answering:
         (quick,) = answering.tokenizer.encode("q")
-        rollouts = answering.rollouts(BOTH, shape, 0, on_rollout=lambda i, r: finished.append((i, r.problem_id)))
+        rollouts = answering.sample(
+            BOTH, answering.sampler(shape), 0, on_tree=lambda i, r: finished.append((i, r.problem_id))
+        ).trees
     assert [(r.problem_id, r.rewards) for r in rollouts] == [("slow", [4.0]), ("quick", [5.0])]
     assert finished == [(1, "quick"), (0, "slow")]
 
@@ -104,9 +107,13 @@ def test_trees_are_told_of_in_the_order_in_which_they_are_scored_and_returned_in
     scorer = Scorer(task := with_reward(here, MEETING), ScoringSettings(timeout_s=60, workers=2))
     with actor(policy, task, ScriptedEngine(reply), scorer) as answering:
         (quick,) = answering.tokenizer.encode("q")
-        rollouts = answering.rollouts(
-            BOTH, shape, 0, on_rollout=told, on_progress=lambda done, total: progress.append((done, total))
-        )
+        rollouts = answering.sample(
+            BOTH,
+            answering.sampler(shape),
+            0,
+            on_tree=told,
+            on_progress=lambda done, total: progress.append((done, total)),
+        ).trees
     assert finished == [0, 1] and progress == [(1, 2), (2, 2)]
     assert [r.problem_id for r in rollouts] == ["slow", "quick"]
 
@@ -123,11 +130,11 @@ def test_rollouts_are_those_of_sampling_first_and_then_scoring_leaf_by_leaf(here
     problems = [(f"key {i}", Problem(f"p{i}", "?" * (i + 1), "42")) for i in range(len(shapes))]
     scorer = Scorer(task, ScoringSettings(timeout_s=60, workers=3))
     with actor(policy, task, ScriptedEngine(letters, shuffle=order, failure_rate=0.1), scorer) as answering:
-        rollouts = answering.rollouts(problems, shapes, 7)
+        rollouts = answering.sample(problems, [answering.sampler(s) for s in shapes], 7).trees
         expected = []
         for (key, problem), shape in zip(problems, shapes, strict=True):
             grower = Sampler(ScriptedEngine(letters, failure_rate=0.1), shape, answering.decode, {EOS})
-            (tree,) = grower.sample([(key, answering.encode(problem, shape))], 7)
+            (tree,) = grower.sample([(key, answering.encode(problem, shape.response_tokens))], 7)
             scores = {}
             for leaf in tree.leaves():
                 if tree.nodes[leaf].stop is Stop.ERROR:
@@ -153,11 +160,12 @@ def test_an_actor_has_one_event_loop_for_all_its_calls_and_closes_what_it_has(he
             loops.append(asyncio.get_running_loop())
 
     loops = []
+    shape = SamplerSettings(width=2, segment_tokens=4, max_depth=3)
     task = with_reward(here, "def reward(prompt, response, answer):\n    return 1.0\n")
     scorer = Scorer(task, ScoringSettings(timeout_s=60, workers=1))
     with actor(policy, task, Watching(letters), scorer) as answering:
         for seed in range(2):
-            answering.rollouts(BOTH, SamplerSettings(width=2, segment_tokens=4, max_depth=3), seed)
+            answering.sample(BOTH, answering.sampler(shape), seed)
         answering.load_weights(3)
         assert answering.engine.version == 3
     assert len(loops) == 5 and len(set(loops)) == 1 and loops[0].is_closed()

@@ -1,15 +1,7 @@
 """Whole runs of a small model: the reward rises, whatever kills a run loses nothing, and failures say why."""
 
-import json
 import math
-import os
 import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,51 +9,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.small_runs import save_model, save_questions, small_config, write_config
+from tests.support.small_runs import begin, save_model, save_questions, small_config, steps_of, trained
 from treepo.errors import ConfigError, TreePOError
-from treepo.learner.update import overlong
 from treepo.run import checkpoint
+from treepo.run.build import training
 from treepo.run.checkpoint import State
-from treepo.run.config import TrainerSettings
 from treepo.run.folder import RunFolder, read_metrics
-from treepo.run.trainer import Observer, Trainer
+from treepo.run.trainer import Observer, Trainer, TrainerSettings, overlong
 from treepo.tree import ScoredTree, Stop, Tree, read_trees
 
 KINDS = (
     *("treepo", "segment", "spo", "treerl", "attnrl", "tree_grpo"),
     *("grpo", "dr_grpo", "rloo", "reinforce_pp"),
 )
-# Everything that can go wrong with a resume is on: several updates per step, replaced queries, trees, evaluations.
-BUSY = (
-    *("trainer.steps=5", "trainer.mini_batches=2", "trainer.dynamic_sampling.oversample=1.5"),
-    *("trainer.save_every=2", "trainer.save_trees_every=1", "trainer.eval_every=2", "loss.kl=0.05"),
-)
 UNWARMED = ("warmup=null",)  # answers nothing right, so that every query is flat
-
-
-def trained(folder: Path, *overrides: str, resume: bool = False) -> Trainer:
-    with Trainer(small_config(folder, *overrides), resume=resume) as trainer:
-        trainer.run()
-    return trainer
-
-
-def steps_of(run: Path) -> list[dict]:
-    return [m for m in read_metrics(run / "metrics.jsonl") if "evaluation" not in m]
-
-
-@pytest.fixture(scope="session")
-def warmed(tmp_path_factory) -> str:
-    """The override that starts a run from a model that is right now and then, without another warm-up."""
-    folder = tmp_path_factory.mktemp("warmed")
-    with Trainer(small_config(folder)) as trainer:
-        trainer.stop()
-        trainer.run()
-    return json.dumps(str(trainer.folder.latest_checkpoint()))
-
-
-@pytest.fixture
-def start(warmed) -> tuple[str, ...]:
-    return ("model.create=null", "warmup=null", f"model.path={warmed}")
 
 
 # Learning
@@ -69,7 +30,7 @@ def start(warmed) -> tuple[str, ...]:
 
 def test_the_reward_rises(tmp_path):
     trained(tmp_path, "trainer.steps=14", "trainer.prompts_per_step=6", "trainer.dynamic_sampling=null")
-    rewards = [m["reward"] for m in steps_of(tmp_path / "run")]
+    rewards = [m["reward/mean"] for m in steps_of(tmp_path / "run")]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.1, rewards
 
 
@@ -77,14 +38,14 @@ def test_the_reward_rises(tmp_path):
 def test_every_estimator_trains(kind, tmp_path, start):
     trainer = trained(tmp_path, *start, "trainer.steps=1", f"advantage.kind={kind}")
     (step,) = steps_of(tmp_path / "run")
-    assert step["updates"] == 1 and step["grad_norm"] > 0
+    assert step["train/updates"] == 1 and step["train/grad_norm"] > 0
     assert changed(trainer)
 
 
 def test_independent_responses_with_grpo_train_too(tmp_path, start):
     trained(tmp_path, *start, "sampler.mode=iid", "advantage.kind=grpo", "trainer.save_trees_every=1")
     for step in steps_of(tmp_path / "run"):
-        assert step["sharing"] == 1.0 and step["leaves"] == 8 * step["queries_sampled"]
+        assert step["tokens/sharing"] == 1.0 and step["rollouts/count"] == 8 * step["prompts/sampled"]
     for rollout in read_trees(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"):
         assert all(rollout.tree.nodes[leaf].parent == 0 for leaf in rollout.tree.leaves())
 
@@ -100,8 +61,8 @@ def test_a_leaner_update_is_nearly_the_same_update(tmp_path, start):
     plain, lean_step = steps
     assert plain["kl/rollout"] < 1e-8 < lean_step["kl/rollout"] < 1e-3  # the engine's log-probs stay float32
     assert plain["clip/rollout_capped"] == 0.0
-    assert lean_step["grad_norm"] == pytest.approx(plain["grad_norm"], rel=0.1)
-    assert lean_step["entropy"] == pytest.approx(plain["entropy"], rel=0.02)
+    assert lean_step["train/grad_norm"] == pytest.approx(plain["train/grad_norm"], rel=0.1)
+    assert lean_step["entropy/mean"] == pytest.approx(plain["entropy/mean"], rel=0.02)
 
 
 def test_the_penalty_on_leaving_the_initial_policy_holds_it_back(tmp_path, start):
@@ -140,7 +101,7 @@ def test_a_step_follows_the_flat_textbook_gradient(max_tokens, tmp_path, start):
     (loss / tokens).backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in trainer.actor.model.named_parameters():
-        found = trainer.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)  # after one step of AdamW
+        found = trainer.learner.optimizer.state[parameter]["exp_avg"] / (1 - 0.9)  # after one step of AdamW
         torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-6)
 
 
@@ -153,7 +114,7 @@ def test_several_updates_per_step_follow_the_flat_textbook_ones(tmp_path, start)
     trainer = trained(tmp_path, *start, *overrides, *clips, *keep, "seed=5")
     rollouts = list(read_trees(tmp_path / "run" / "trees" / "step-000001.jsonl.gz"))
     assert all(len(set(rollout.rewards)) == 2 for rollout in rollouts), "both must matter"
-    found = trainer.optimizer.state_dict()["state"]
+    found = trainer.learner.optimizer.state_dict()["state"]
     moments = torch.cat([found[i]["exp_avg"].flatten() for i in range(len(found))])
     off = []
     for order in (rollouts, rollouts[::-1]):
@@ -192,14 +153,14 @@ def flat_logprobs(model: torch.nn.Module, tree: Tree, leaf: int) -> torch.Tensor
 
 def test_the_learning_rate_rises_linearly(tmp_path, start):
     trained(tmp_path, *start, "trainer.steps=4", "trainer.lr=3e-4", "trainer.lr_warmup_steps=3")
-    assert [m["lr"] for m in steps_of(tmp_path / "run")] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])
+    assert [m["train/lr"] for m in steps_of(tmp_path / "run")] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4])
 
 
 def test_the_gradient_is_clipped(tmp_path, start):
     trainer = trained(tmp_path, *start, "trainer.steps=1", "trainer.grad_clip=0.01")
     (step,) = steps_of(tmp_path / "run")
-    assert step["grad_norm"] > 0.02  # as it was
-    moments = [state["exp_avg"].flatten() for state in trainer.optimizer.state.values()]
+    assert step["train/grad_norm"] > 0.02  # as it was
+    moments = [state["exp_avg"].flatten() for state in trainer.learner.optimizer.state.values()]
     assert torch.cat(moments).norm().item() / (1 - 0.9) == pytest.approx(0.01, rel=1e-3)
 
 
@@ -222,15 +183,15 @@ def test_flat_queries_are_replaced_and_the_stream_moves_on(tmp_path, start):
     dynamic = ("trainer.dynamic_sampling.oversample=1.5", "trainer.prompts_per_step=3", "sampler.width=3")
     trainer = trained(tmp_path, *start, *dynamic, "trainer.save_trees_every=1", "trainer.steps=4")
     steps = steps_of(tmp_path / "run")
-    assert trainer.state.position == sum(m["queries_sampled"] for m in steps)
-    assert any(m["queries_sampled"] > 5 for m in steps), "a further round would be worth seeing"
+    assert trainer.state.position == sum(m["prompts/sampled"] for m in steps)
+    assert any(m["prompts/sampled"] > 5 for m in steps), "a further round would be worth seeing"
     seen = []
     for step in steps:
-        assert 5 <= step["queries_sampled"] <= 5 + 5 + 5  # ceil(1.5 * 3) and two rounds more
+        assert 5 <= step["prompts/sampled"] <= 5 + 5 + 5  # ceil(1.5 * 3) and two rounds more
         rollouts = list(read_trees(tmp_path / "run" / "trees" / f"step-{step['step']:06d}.jsonl.gz"))
         spread = sum(len(set(rollout.rewards)) > 1 for rollout in rollouts)
-        assert len(rollouts) == step["queries_sampled"]
-        assert step["queries_used"] == min(3, spread)
+        assert len(rollouts) == step["prompts/sampled"]
+        assert step["prompts/used"] == min(3, spread)
         seen += [rollout.problem_id for rollout in rollouts]
     epochs = [seen[i : i + 4] for i in range(0, len(seen) - 3, 4)]
     assert all(len(set(epoch)) == 4 for epoch in epochs)  # every problem once, none skipped
@@ -240,8 +201,8 @@ def test_flat_queries_are_replaced_and_the_stream_moves_on(tmp_path, start):
 def test_a_step_without_any_spread_changes_nothing_and_goes_on(tmp_path):
     trainer = trained(tmp_path, *UNWARMED, "trainer.dynamic_sampling.rounds=1")
     for step in steps_of(tmp_path / "run"):
-        assert (step["queries_sampled"], step["queries_used"], step["updates"]) == (8, 0, 0)
-        assert step["reward"] == 0.0
+        assert (step["prompts/sampled"], step["prompts/used"], step["train/updates"]) == (8, 0, 0)
+        assert step["reward/mean"] == 0.0
     assert trainer.state.step == 2
     assert not changed(trainer)
 
@@ -249,161 +210,12 @@ def test_a_step_without_any_spread_changes_nothing_and_goes_on(tmp_path):
 def test_without_dynamic_sampling_flat_queries_are_used(tmp_path):
     trained(tmp_path, *UNWARMED, "trainer.dynamic_sampling=null", "trainer.steps=1")
     (step,) = steps_of(tmp_path / "run")
-    assert (step["queries_sampled"], step["queries_used"], step["updates"], step["grad_norm"]) == (4, 4, 1, 0.0)
-
-
-# Kill and resume
-
-
-def everything(run: Path) -> dict[str, object]:
-    """All that a run leaves, but for what a clock says."""
-    found: dict[str, object] = {}
-    for path in sorted(run.rglob("*")):
-        name = str(path.relative_to(run))
-        if not path.is_file() or name == "config.yaml":  # the folder differs
-            continue
-        if name == "metrics.jsonl":
-            found[name] = [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(path)]
-        elif path.name == "state.json":
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
-        else:
-            found[name] = path.read_bytes()
-    return found
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> dict[str, object]:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    trained(folder, *BUSY)
-    found = everything(folder / "run")
-    weights = "checkpoints/step-000005/model.safetensors"
-    assert {weights, "checkpoints/step-000005/optimizer.safetensors", "trees/step-000003.jsonl.gz"} <= found.keys()
-    assert found[weights] != found["checkpoints/step-000004/model.safetensors"]
-    return found
-
-
-def interrupted(folder: Path, number: int, when: Callable[[Path, str], bool]) -> subprocess.Popen[str]:
-    """A `treepo train` process that got signal `number` as soon as `when(its folder, what it printed)`."""
-    log = folder / "log.txt"
-    command = "from treepo.cli import main; main()"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, "train", str(write_config(folder)), *BUSY],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    deadline = time.monotonic() + 120
-    while not when(folder / "run", log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.002)
-    process.send_signal(number)
-    process.wait(60)
-    return process
-
-
-def reported(run: Path, step: int) -> bool:
-    metrics = run / "metrics.jsonl"
-    return metrics.exists() and f'{{"step": {step}, "reward"' in metrics.read_text()
-
-
-def test_a_run_killed_in_a_step_ends_as_if_nothing_had_been(tmp_path, undisturbed):
-    process = interrupted(tmp_path, signal.SIGKILL, lambda run, _: reported(run, 3))
-    assert process.returncode == -signal.SIGKILL
-    assert not reported(tmp_path / "run", 5), "it was quicker than the signal"
-    resumed = trained(tmp_path, *BUSY, resume=True)
-    assert resumed.state.step == 5
-    assert everything(tmp_path / "run") == undisturbed
-
-
-def test_a_run_killed_in_its_warm_up_starts_again(tmp_path, undisturbed):
-    process = interrupted(tmp_path, signal.SIGKILL, lambda _, printed: "warm-up 24/120" in printed)
-    assert process.returncode == -signal.SIGKILL
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
-    trained(tmp_path, *BUSY, resume=True)
-    assert everything(tmp_path / "run") == undisturbed
-
-
-def test_a_run_resumed_after_its_warm_up_ends_as_if_nothing_had_been(tmp_path, undisturbed):
-    with Trainer(small_config(tmp_path, *BUSY)) as trainer:
-        trainer.stop()
-        trainer.run()
-    assert trainer.state.step == 0
-    trained(tmp_path, *BUSY, resume=True)
-    assert everything(tmp_path / "run") == undisturbed
-
-
-def test_sigterm_ends_the_run_after_the_step_with_a_checkpoint_and_a_hint(tmp_path, undisturbed):
-    process = interrupted(tmp_path, signal.SIGTERM, lambda run, _: reported(run, 1))
-    run, printed = tmp_path / "run", (tmp_path / "log.txt").read_text()
-    assert process.returncode == 130, printed
-    last = steps_of(run)[-1]["step"]
-    assert 1 <= last < 5
-    assert checkpoint.latest(run / "checkpoints").name == f"step-{last:06d}"
-    assert f"treepo train {run} --resume" in " ".join(printed.split())
-    with Trainer(small_config(tmp_path, *BUSY), resume=True) as trainer:
-        assert trainer.state.step == last
-        trainer.run()
-    found = everything(run)
-    assert found["metrics.jsonl"] == undisturbed["metrics.jsonl"]
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        assert found[f"checkpoints/step-000005/{name}"] == undisturbed[f"checkpoints/step-000005/{name}"]
-
-
-def test_what_a_killed_run_leaves_half_done_is_forgotten(tmp_path, start, undisturbed):
-    overrides = ("trainer.save_every=1", "trainer.keep_checkpoints=9", "trainer.save_trees_every=1")
-    trained(tmp_path, *start, *overrides)
-    run = tmp_path / "run"
-    expected = everything(run)
-    for rest in (run / "checkpoints" / "step-000002").iterdir():
-        rest.unlink()
-    (run / "checkpoints" / "step-000002").rmdir()
-    half = run / "checkpoints" / ".step-000002.part"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "rew')
-    trained(tmp_path, *start, *overrides, resume=True)
-    assert everything(run) == expected
-
-
-def test_trees_and_metrics_after_the_checkpoint_are_forgotten_and_those_before_it_kept(tmp_path, random_rollout):
-    folder = RunFolder(small_config(tmp_path), resume=False)
-    for step in (1, 2, 3):
-        folder.write_trees(step, [random_rollout(step)])
-        folder.record({"step": step})
-    folder.metrics.write_text(folder.metrics.read_text() + '{"step": 4, "rew')  # cut off in the middle of a line
-
-    def kept() -> tuple[list[str], list[int]]:
-        trees = sorted(file.name for file in (folder.path / "trees").iterdir())
-        return trees, [m["step"] for m in read_metrics(folder.metrics)]
-
-    folder.forget_after(2)
-    assert kept() == (["step-000001.jsonl.gz", "step-000002.jsonl.gz"], [1, 2])
-    folder.forget_after(None)
-    assert kept() == ([], [])
-
-
-def test_a_finished_run_resumes_with_more_steps(tmp_path, start):
-    trained(tmp_path, *start, "trainer.steps=1")
-    trained(tmp_path, *start, "trainer.steps=3", resume=True)
-    assert [m["step"] for m in steps_of(tmp_path / "run")] == [1, 2, 3]
-
-
-def test_resuming_with_another_setting_names_it(tmp_path, start):
-    trained(tmp_path, *start, "trainer.steps=1")
-    with pytest.raises(ConfigError, match=r"^sampler\.width: the run in .* has 8, not 4: resume with its own settings"):
-        Trainer(small_config(tmp_path, *start, "sampler.width=4"), resume=True)
-    with pytest.raises(ConfigError, match=r"^trainer\.lr: .* has 0\.003, not 0\.001"):
-        Trainer(small_config(tmp_path, *start, "trainer.lr=1e-3"), resume=True)
-
-
-def test_a_used_folder_is_refused(tmp_path, start):
-    trained(tmp_path, *start, "trainer.steps=1")
-    before = everything(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"^out: .* holds a run already: continue it with --resume, or choose"):
-        Trainer(small_config(tmp_path, *start))
-    assert everything(tmp_path / "run") == before
+    assert (step["prompts/sampled"], step["prompts/used"], step["train/updates"], step["train/grad_norm"]) == (
+        4,
+        4,
+        1,
+        0.0,
+    )
 
 
 # What a run leaves
@@ -412,24 +224,39 @@ def test_a_used_folder_is_refused(tmp_path, start):
 def test_metrics_have_their_fields(tmp_path, start):
     trained(tmp_path, *start, "trainer.eval_every=1", "trainer.steps=1")
     begin, step, end = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    sampled = {"reward", "leaves", "unscored", "response_tokens", "surprisal", "stops", "queries_sampled"}
-    tokens = {"queries_used", "tokens_generated", "tokens_flat", "sharing", "staleness", "mixed_versions"}
-    update = {"lr", "updates", "loss", "grad_norm", "clip/fraction", "kl/old", "entropy", "kl/rollout"}
-    assert step.keys() == {"step", "seconds"} | sampled | tokens | update
-    assert step["seconds"].keys() == {"step", "sample", "score", "update"}
-    assert step["leaves"] == sum(step["stops"].values()) == 8 * step["queries_sampled"]
-    assert step["sharing"] == step["tokens_flat"] / step["tokens_generated"] >= 1
+    groups = {
+        "reward": {"mean", "std", "unknown"},
+        "prompts": {"sampled", "used"},
+        "rollouts": {"count"},
+        "tokens": {"generated", "flat", "sharing"},
+        "response_tokens": {"mean", "max"},
+        "entropy": {"sampled", "mean"},
+        "staleness": {"mean", "mixed"},
+        "train": {"lr", "updates", "grad_norm"},
+        "loss": {"total"},
+        "clip": {"fraction"},
+        "kl": {"old", "rollout"},
+        "seconds": {"step", "sample", "score", "update"},
+    }
+    expected = {"step", *(f"{group}/{name}" for group, names in groups.items() for name in names)}
+    stops = {name: count for name, count in step.items() if name.startswith("stop/")}
+    assert step.keys() - stops.keys() == expected
+    assert step["rollouts/count"] == sum(stops.values()) == 8 * step["prompts/sampled"]
+    assert step["response_tokens/max"] >= step["response_tokens/mean"] > 0
+    assert 0 < step["reward/std"] <= 0.5  # of rewards that are 0 or 1
+    assert step["tokens/sharing"] == step["tokens/flat"] / step["tokens/generated"] >= 1
     assert step["kl/old"] == step["clip/fraction"] == 0  # one update per batch: on-policy
-    assert begin.keys() == end.keys() == {"step", "tokens_total", "evaluation"}
+    assert begin.keys() == end.keys()
+    assert {"step", "tokens/total", "eval/greedy/pass@1", "eval/sampled/pass@4/low"} <= end.keys()
     assert (begin["step"], end["step"]) == (0, 1)
-    assert end["tokens_total"] == step["tokens_generated"]
+    assert end["tokens/total"] == step["tokens/generated"]
 
 
 def test_several_updates_per_step_move_away_from_the_sampling_policy(tmp_path, start):
     many = ("trainer.mini_batches=2", "trainer.dynamic_sampling=null", "trainer.lr=1e-2")
     trained(tmp_path, *start, *many, "trainer.steps=1")
     (step,) = steps_of(tmp_path / "run")
-    assert step["updates"] == 2 and step["kl/old"] > 0
+    assert step["train/updates"] == 2 and step["kl/old"] > 0
 
 
 def test_a_checkpoint_is_a_model_folder_of_transformers(tmp_path, start):
@@ -473,7 +300,7 @@ def test_an_observer_hears_of_everything_once(tmp_path):
             heard.append(("saved", path.name))
 
     overrides = ("warmup.steps=2", "trainer.steps=1", "trainer.eval_every=1", "trainer.dynamic_sampling=null")
-    with Trainer(small_config(tmp_path, *overrides), observer=Listener()) as trainer:
+    with training(small_config(tmp_path, *overrides), observer=Listener()) as trainer:
         trainer.run()
     evaluating = [("evaluating", 0, i, 8) for i in range(1, 9)]
     assert heard == [
@@ -499,7 +326,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path, start):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_end_the_run_in_one_line(value, tmp_path, start):
-    with Trainer(small_config(tmp_path, *start)) as trainer:
+    with training(small_config(tmp_path, *start)) as trainer:
         with torch.no_grad():
             trainer.actor.model.model.norm.weight.fill_(value)
         with pytest.raises(TreePOError) as caught:
@@ -514,7 +341,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(tmp_path):
     refused = pytest.raises(
         ConfigError, match=r"step-000000: cannot write the checkpoint: Not a directory; .*--resume$"
     )
-    with refused, Trainer(config) as trainer:
+    with refused, training(config) as trainer:
         trainer.run()
 
 
@@ -525,7 +352,7 @@ def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_last_one(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # the weights need more
     try:
         with pytest.raises(ConfigError, match=r"step-000002: cannot write the checkpoint: .*File too large") as caught:
-            checkpoint.save(folder, actor.model, actor.tokenizer, trainer.optimizer, State(step=2), 2)
+            checkpoint.save(folder, actor.model, actor.tokenizer, trainer.learner.optimizer, State(step=2), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "\n" not in str(caught.value)
@@ -533,7 +360,7 @@ def test_a_disk_that_fills_up_under_a_checkpoint_leaves_the_last_one(tmp_path):
 
 
 def test_a_full_disk_under_metrics_and_trees_is_one_line(tmp_path, random_rollout):
-    folder = RunFolder(small_config(tmp_path), resume=False)
+    folder = RunFolder(tmp_path / "run", {}, resume=False)
     folder.metrics.symlink_to("/dev/full")
     with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written: No space left on device"):
         folder.record({"step": 1})
@@ -545,21 +372,21 @@ def test_a_full_disk_under_metrics_and_trees_is_one_line(tmp_path, random_rollou
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ConfigError, match=r"^out: cannot write to .*: (File exists|Not a directory)$"):
-        Trainer(small_config(tmp_path, *UNWARMED))
+        begin(small_config(tmp_path, *UNWARMED))
 
 
 def test_a_task_without_a_tokenizer_cannot_create_a_model(tmp_path):
     questions = save_questions(tmp_path / "questions.jsonl")
     overrides = (f"task={{kind: dataset, path: {questions}}}", *UNWARMED)
     with pytest.raises(ConfigError, match=r"^task 'dataset' has no tokenizer to create a model with: set model\.path"):
-        Trainer(small_config(tmp_path, *overrides))
+        begin(small_config(tmp_path, *overrides))
 
 
 def test_a_missing_tracker_names_the_command_that_installs_it(tmp_path):
     trackers = [name for name in ("tensorboard", "trackio", "wandb") if not installed(name)]
     for name in trackers:
         with pytest.raises(ConfigError, match=rf"^trainer\.trackers: {name} is not installed: pip install {name}$"):
-            Trainer(small_config(tmp_path, *UNWARMED, f"out={tmp_path / name}", f"trainer.trackers=[{name}]"))
+            begin(small_config(tmp_path, *UNWARMED, f"out={tmp_path / name}", f"trainer.trackers=[{name}]"))
 
 
 def installed(name: str) -> bool:
@@ -572,4 +399,4 @@ def test_a_sliding_window_is_refused(tmp_path):
     save_model(tmp_path / "model", "qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=0)
     overrides = ("model.create=null", "warmup=null", f"model.path={tmp_path / 'model'}")
     with pytest.raises(ConfigError, match=r"^model: qwen3 uses sliding_attention; only full attention is supported$"):
-        Trainer(small_config(tmp_path, *overrides))
+        begin(small_config(tmp_path, *overrides))

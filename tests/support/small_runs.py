@@ -11,7 +11,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from treepo.run.build import training
 from treepo.run.config import Config, load
+from treepo.run.folder import read_metrics
+from treepo.run.trainer import Trainer
 
 PROGRAM = """
 seed: 0
@@ -76,3 +79,19 @@ def save_questions(path: Path, count: int = 6) -> Path:
     rows = ({"question": f"{i}+{i}=?", "answer": 2 * i} for i in range(count))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def trained(folder: Path, *overrides: str, resume: bool = False) -> Trainer:
+    with training(small_config(folder, *overrides), resume=resume) as trainer:
+        trainer.run()
+    return trainer
+
+
+def begin(config: Config, *, resume: bool = False) -> None:
+    """Build all that a run needs, which may be refused."""
+    with training(config, resume=resume):
+        pass
+
+
+def steps_of(run: Path) -> list[dict]:
+    return [m for m in read_metrics(run / "metrics.jsonl") if "eval/problems" not in m]

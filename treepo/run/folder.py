@@ -51,8 +51,7 @@ class RunFolder:
         if self._resolved.exists():
             if not resume:
                 raise ConfigError(
-                    f"out: {self.path} holds a run already: continue it with --resume (resume=True), or choose another "
-                    "(out=...)"
+                    f"out: {self.path} holds a run already: continue it with --resume, or choose another (out=...)"
                 )
             self._require_same(read(self._resolved))
         try:
