@@ -99,6 +99,7 @@ ORDER = [
     "run.folder",
     "run.tracking",
     "run.trainer",
+    "run.foreign_names",
     "run.config",
     "run.build",
     "studies.statistics",

@@ -16,6 +16,7 @@ from treepo.tasks import Problem, Teacher
 from treepo.tasks.dataset import DatasetTask
 from treepo.tasks.math import boxed, equivalent
 from treepo.tasks.program import CHARACTERS, ProgramTask
+from treepo.tasks.scoring import Score, Scorer, ScoringSettings
 
 # Boxed answers
 
@@ -253,7 +254,7 @@ def test_equal_questions_are_held_out_together_in_whatever_order(tmp_path):
 def test_a_data_set_gives_other_columns_marks_numbers_and_a_limit(tmp_path):
     rows = [{"q": f" {n} ", "a": f"long #### thought\n#### {n}"} for n in range(9)]
     path = write(tmp_path / "gsm.jsonl", *rows)
-    task = DatasetTask(path=path, test_path=path, question_column="q", answer_column="a", answer_after="####", limit=3)
+    task = DatasetTask(path=path, test_path=path, prompt_column="q", answer_column="a", answer_after="####", limit=3)
     assert [(p.prompt, p.answer) for p in task.problems("train")] == [("0", "0"), ("1", "1"), ("2", "2")]
     assert len(task.problems("test")) == 3
     numbers = write(tmp_path / "n.jsonl", {"question": "a", "answer": 3}, {"question": "b", "answer": 2.5})
@@ -274,7 +275,7 @@ def test_a_data_set_gives_other_columns_marks_numbers_and_a_limit(tmp_path):
         ([{"question": "a", "answer": ["1"]}], "d.jsonl:1: 'answer' holds a list; expected a text or a number"),
         ([], "d.jsonl: no rows"),
         (["\n"], "d.jsonl: no rows"),
-        ([ROWS[0]], "d.jsonl: too few different questions to hold out test_fraction of them"),
+        ([ROWS[0]], "d.jsonl: too few different prompts to hold out test_fraction of them"),
     ],
 )
 def test_bad_rows_are_reported_with_file_and_line(tmp_path, lines, message):
@@ -391,3 +392,36 @@ def test_boxed_answers_earn_one_or_nothing():
     assert task.reward(problem, r"So \boxed{0.5}, no: \boxed{3}") == 0.0
     assert task.reward(problem, "So 0.5") == 0.0
     assert task.final_answer(r"\boxed{0.5}") == "0.5"
+
+
+COLUMNS = """
+def reward(prompt, response, answer, level, tests):
+    return level + len(tests)
+"""
+
+
+def test_a_reward_function_gets_more_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graded.py").write_text(COLUMNS)
+    row = {"question": "a", "answer": "1", "level": 3, "tests": [["in", "out"], ["in", "out"]], "unused": {"x": None}}
+    task = DatasetTask(
+        path=write(tmp_path / "d.jsonl", row), test_fraction=0, columns=["level", "tests"], reward="graded:reward"
+    )
+    (problem,) = task.problems("train")
+    assert problem.columns == {"level": 3, "tests": row["tests"]}
+    with Scorer(task, ScoringSettings(workers=1, timeout_s=60)) as scorer:  # in a process of its own
+        assert scorer.score([(problem, "?")]) == [Score(5.0)]
+
+
+def test_columns_that_cannot_be_handed_on_are_refused(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"question": "a", "answer": "1"})
+    with pytest.raises(TaskError, match=r"d\.jsonl:1: no column 'level'; found: question, answer"):
+        DatasetTask(path=path, columns=["level"], reward="graded:reward").problems("train")
+    table = pa.Table.from_pylist([{"question": "a", "answer": "1", "level": b"x"}])
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(TaskError, match=r"d\.parquet: row 1: 'level' cannot be handed to a reward function: .*bytes"):
+        DatasetTask(path=str(tmp_path / "d.parquet"), columns=["level"], reward="graded:reward").problems("train")
+    with pytest.raises(ValidationError, match="'answer' is an argument of every reward function already"):
+        DatasetTask(path=path, columns=["answer"], reward="graded:reward")
+    with pytest.raises(ValidationError, match="columns are for a reward function of yours"):
+        DatasetTask(path=path, columns=["level"])

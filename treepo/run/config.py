@@ -15,6 +15,7 @@ from treepo.errors import ConfigError, nearest
 from treepo.evaluate import EvaluateSettings
 from treepo.learner.loss import AnyLoss, PolicyLoss
 from treepo.models.settings import ModelSettings
+from treepo.run.foreign_names import hint
 from treepo.run.trainer import TrainerSettings
 from treepo.sampler import SamplerSettings
 from treepo.settings import Settings
@@ -139,12 +140,25 @@ def explain(error: ValidationError, values: Any, root: type[BaseModel] = Config)
             at = at.get(part) if isinstance(at, dict) else None
     where = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key{nearest(keys[-1], _allowed(root, first['loc'][:-1]))}"
+        close = nearest(keys[-1], _allowed(root, first["loc"][:-1]))
+        return f"{where}: unknown key{hint(keys[-1], where) or close or _elsewhere(keys[-1])}"
     if first["type"] == "missing":
         return f"{where}: is required"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
     return f"{where}: {message}{given}" if where else message
+
+
+def _elsewhere(key: str) -> str:
+    """Where a configuration has `key`, for one that is in the wrong section; "" if nowhere or in many places."""
+    found = [
+        f"{section}.{key}"
+        for section in Config.model_fields
+        for c in _classes_at(Config, [section])
+        if key in _keys([c]) and key != "kind"
+    ]
+    places = list(dict.fromkeys(found))
+    return f"; did you mean {' or '.join(places)}?" if 0 < len(places) < 4 else ""
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -14,7 +14,7 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question and what the reward needs to judge a response to it."""
+    """One item of a task: a prompt, and what the reward needs to judge a response to it."""
 
     id: str  # unique in its split; seeds are derived from it
     prompt: str  # as the user wrote it; `Task.encode` applies a chat template

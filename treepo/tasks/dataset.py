@@ -1,4 +1,4 @@
-"""Questions and answers from a file (JSONL, JSON, Parquet) or from a data set of the Hugging Face Hub.
+"""Prompts and answers from a file (JSONL, JSON, Parquet) or from a data set of the Hugging Face Hub.
 
 Every row is checked when the data is read, so that a bad one is reported with its file and line before anything is
 computed. JSON is read here rather than through `datasets`, which knows no line numbers and bends types.
@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from treepo.errors import ConfigError, TaskError, nearest
 from treepo.seeds import derive
@@ -29,7 +29,7 @@ Row = tuple[int, str, dict[str, Any]]  # its number (the line, in JSONL), where 
 
 
 class DatasetTask(Settings):
-    """Questions with known answers, judged by comparing boxed answers or by a function of the user."""
+    """Prompts with known answers, judged by comparing boxed answers or by a function of the user."""
 
     kind: Literal["dataset"] = "dataset"
     path: str = Field(description="A .jsonl, .json or .parquet file, or the name of a data set on the Hub.")
@@ -41,18 +41,21 @@ class DatasetTask(Settings):
         0.05,
         ge=0,
         lt=1,
-        description="Share of the questions held out for evaluation, chosen by a hash of their text; used only where "
+        description="Share of the prompts held out for evaluation, chosen by a hash of their text; used only where "
         "neither test_path nor test_split is given.",
     )
-    question_column: str = Field("question", description="Column with the question.")
+    prompt_column: str = Field("question", description="Column with the prompt's text.")
     answer_column: str = Field("answer", description="Column with the right answer, a text or a number.")
+    columns: tuple[str, ...] = Field(
+        (), description="More columns that a reward function of yours gets, as keyword arguments of these names."
+    )
     answer_after: str | None = Field(
         None, min_length=1, description="Keep only what follows the last such mark in an answer; GSM8K: '####'."
     )
     limit: int | None = Field(None, ge=1, description="Use at most this many problems of each split.")
-    system: str | None = Field(None, description="System prompt; without a chat template it goes before the question.")
+    system: str | None = Field(None, description="System prompt; without a chat template it goes before the prompt.")
     instruction: str = Field(
-        r"Put the final answer in \boxed{}.", description="Follows every question on a line of its own; '' for none."
+        r"Put the final answer in \boxed{}.", description="Follows every prompt on a line of its own; '' for none."
     )
     chat: Literal["auto", "always", "never"] = Field(
         "auto", description="Whether the tokenizer's chat template is applied; auto: where it has one."
@@ -63,12 +66,20 @@ class DatasetTask(Settings):
         alias="reward",
         pattern=r"^(math|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
         description="math: 1 if the last boxed answer equals the right one, else 0. Or my_module:my_function, called "
-        "as my_function(prompt=..., response=..., answer=...), which returns a number.",
+        "as my_function(prompt=..., response=..., answer=...), which returns a number; `columns` adds arguments.",
     )
+
+    @model_validator(mode="after")
+    def _columns_are_free(self) -> Self:
+        if taken := {"prompt", "response", "answer"} & set(self.columns):
+            raise ValueError(f"columns: {taken.pop()!r} is an argument of every reward function already")
+        if self.columns and self.reward_function == "math":
+            raise ValueError("columns are for a reward function of yours: set reward to my_module:my_function")
+        return self
 
     @property
     def isolated(self) -> bool:
-        return True  # sympy may take for ever, and a function of the user may do anything
+        return True  # sympy may never end, and a function of the user may do anything
 
     def problems(self, split: Split) -> Sequence[Problem]:
         train, test = _splits(self)
@@ -79,15 +90,15 @@ class DatasetTask(Settings):
         return test
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-        question = f"{problem.prompt}\n{self.instruction}" if self.instruction else problem.prompt
+        text = f"{problem.prompt}\n{self.instruction}" if self.instruction else problem.prompt
         if self.chat == "never" or (self.chat == "auto" and not tokenizer.chat_template):
-            return list(tokenizer.encode(f"{self.system}\n\n{question}" if self.system else question))
+            return list(tokenizer.encode(f"{self.system}\n\n{text}" if self.system else text))
         if not tokenizer.chat_template:
             raise ConfigError("task.chat: always, but the tokenizer has no chat template: use auto or never")
         from jinja2 import TemplateError
 
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": question})
+        messages.append({"role": "user", "content": text})
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except TemplateError as error:
@@ -100,7 +111,7 @@ class DatasetTask(Settings):
             return float(given is not None and equivalent(problem.answer, given))
         function = _function(self.reward_function)
         # Not converted here: whoever asked for the reward says what is wrong with a value that is no number.
-        value: float = function(prompt=problem.prompt, response=response, answer=problem.answer)
+        value: float = function(prompt=problem.prompt, response=response, answer=problem.answer, **problem.columns)
         return value
 
     def prepare(self) -> None:
@@ -127,16 +138,16 @@ def _splits(task: DatasetTask) -> tuple[Sequence[Problem], Sequence[Problem]]:
         train, test = _held_out(train, task.test_fraction)
         if not train:
             raise TaskError(
-                f"{task.path}: too few different questions to hold out test_fraction of them: set task.test_path, or "
+                f"{task.path}: too few different prompts to hold out test_fraction of them: set task.test_path, or "
                 "task.test_fraction=0 and trainer.eval_every=0"
             )
     return tuple(train[: task.limit]), tuple(test[: task.limit])
 
 
 def _held_out(problems: list[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
-    """Hold out the given share, rounded up: the questions with the smallest hashes, so equal questions stay together.
+    """Hold out the given share, rounded up: the prompts with the smallest hashes, so equal prompts stay together.
 
-    Which question is held out depends on no order, and hardly changes when rows are added.
+    Which prompt is held out depends on no order, and hardly changes when rows are added.
     """
     count = -int(-fraction * len(problems) // 1)
     ranks = [derive("held out", problem.prompt) for problem in problems]
@@ -147,7 +158,7 @@ def _held_out(problems: list[Problem], fraction: float) -> tuple[list[Problem], 
 
 def _read(task: DatasetTask, source: str, split: str) -> list[Problem]:
     """The problems of a file, or of a split of a Hub data set; an id is the name of the file or split, and the row."""
-    columns = (task.question_column, task.answer_column)
+    columns = (task.prompt_column, task.answer_column, *task.columns)
     path = Path(source).expanduser()
     if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
@@ -162,13 +173,14 @@ def _read(task: DatasetTask, source: str, split: str) -> list[Problem]:
         name = split
     problems = []
     for number, where, row in rows:
-        question = _text(where, row, task.question_column)
+        prompt = _text(where, row, task.prompt_column)
         answer = _text(where, row, task.answer_column)
         if task.answer_after is not None:
             _, mark, answer = answer.rpartition(task.answer_after)
             if not mark or not answer.strip():
                 raise TaskError(f"{where}: nothing follows {task.answer_after!r} (answer_after) in the answer")
-        problems.append(Problem(f"{name}:{number}", question, answer.strip()))
+        more = {column: _value(where, row, column) for column in task.columns}
+        problems.append(Problem(f"{name}:{number}", prompt, answer.strip(), more))
     if not problems:
         raise TaskError(f"{source}: no rows")
     return problems
@@ -186,11 +198,23 @@ def _text(where: str, row: dict[str, Any], column: str) -> str:
     return str(value).strip()
 
 
+def _value(where: str, row: dict[str, Any], column: str) -> Any:
+    """The value in a column that a reward function gets; it must survive JSON, in which workers are asked."""
+    if column not in row:
+        raise TaskError(f"{where}: {_no_column(column, row)}")
+    value = row[column]
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TaskError(f"{where}: {column!r} cannot be handed to a reward function: {error}") from error
+    return value
+
+
 def _no_column(column: str, found: Sequence[str] | dict[str, Any]) -> str:
     return f"no column {column!r}; found: {', '.join(found) or 'none'}{nearest(column, found)}"
 
 
-def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
+def _jsonl(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -198,7 +222,7 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[Row]:  # noqa: ARG0
                 yield number, where, _object(where, _parsed(where, line))
 
 
-def _json(path: Path, columns: tuple[str, str]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
+def _json(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:  # noqa: ARG001  # each row is checked anyway
     rows = _parsed(str(path), path.read_bytes())
     if not isinstance(rows, list):
         raise TaskError(
@@ -227,7 +251,7 @@ def _object(where: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
+def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
@@ -243,7 +267,7 @@ def _parquet(path: Path, columns: tuple[str, str]) -> Iterator[Row]:
         raise TaskError(f"{path}: not a Parquet file that can be read: {_line(error)}") from error
 
 
-def _hub(source: str, name: str | None, split: str, columns: tuple[str, str]) -> Iterator[Row]:
+def _hub(source: str, name: str | None, split: str, columns: tuple[str, ...]) -> Iterator[Row]:
     """Rows of a data set on the Hub (or of a folder that `datasets` can load)."""
     import datasets
 
@@ -256,7 +280,7 @@ def _hub(source: str, name: str | None, split: str, columns: tuple[str, str]) ->
         yield number, f"{source} ({split}): row {number}", row
 
 
-def _check_columns(where: str, columns: tuple[str, str], found: Sequence[str]) -> None:
+def _check_columns(where: str, columns: tuple[str, ...], found: Sequence[str]) -> None:
     for column in columns:
         if column not in found:
             raise TaskError(f"{where}: {_no_column(column, found)}")
