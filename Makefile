@@ -16,12 +16,15 @@ SGLANG := .venv-sglang
 SGLANG_BIN := $(SGLANG)/bin
 SGLANG_READY := $(SGLANG)/.ready
 
-.PHONY: demo test check format bench docs venv venv-vllm test-vllm venv-sglang test-sglang clean
+.PHONY: demo test test-all check format bench docs venv venv-vllm test-vllm venv-sglang test-sglang clean
 
 demo: $(READY)  ## create a small model, warm it up, train it with TreePO; ARGS="key=value ..." changes settings
 	$(BIN)/treepo train configs/program.yaml out=$(OUT) $(ARGS)
 
-test: $(READY)  ## all tests that this machine can run
+test: $(READY)  ## the tests that this machine can run, but for the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## all tests that this machine can run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(READY)  ## what CI runs: format, lint, types, then the tests

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import re
 import subprocess
 import sys
@@ -162,28 +161,86 @@ def test_imports_are_found_wherever_they_stand():
     assert imports(source) == {"tree", "errors"}
 
 
-def test_the_pure_core_and_the_help_load_no_torch():
-    lines = [
-        *("treepo", "treepo.tree", "treepo.forest", "treepo.learner.packing", "treepo.advantages", "treepo.sampler"),
-        *("treepo.tasks.program", "treepo.tasks.dataset", "treepo.engines.scripted", "treepo.cli"),
-    ]
-    program = f"""
+HEAVY = ("torch", "transformers", "accelerate", "datasets", "safetensors", "sympy", "matplotlib", "scipy", "httpx2")
+BASE = f"""
 import contextlib, importlib, io, json, sys
-heavy = {{"torch", "transformers", "datasets", "sympy", "matplotlib"}}
-loaded = {{}}
-for name in {lines!r}:
-    importlib.import_module(name)
-    loaded[name] = sorted(heavy & set(sys.modules))
-sys.argv = ["treepo", "--help"]
-with contextlib.redirect_stdout(io.StringIO()) as help, contextlib.suppress(SystemExit):
-    treepo = importlib.import_module("treepo.cli").main()
-loaded["treepo --help"] = sorted(heavy & set(sys.modules))
-print(json.dumps([loaded, help.getvalue()]))
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    # As if only the base of treepo were installed.
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    loaded, text = json.loads(done.stdout)
-    assert loaded == {name: [] for name in [*lines, "treepo --help"]}
-    assert "doctor" in text
+
+
+def run_base(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", BASE + program], capture_output=True, text=True, cwd=PROJECT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_trees_samplers_estimators_and_configurations_need_no_torch():
+    assert (
+        run_base("""
+from pathlib import Path
+import treepo
+from treepo import Forest, Sampler, SamplerSettings, ScoredTree, ScriptedEngine, TreePO, load, read_trees, write_trees
+from treepo.engines.scripted import random_reply
+import treepo.learner.packing, treepo.learner.loss, treepo.run.trainer, treepo.studies
+
+sampler = Sampler(ScriptedEngine(random_reply(9)), SamplerSettings(width=4, segment_tokens=4), lambda _: "", ())
+(tree,) = sampler.sample([("p", [1, 2])], seed=0)
+scored = ScoredTree("p", tree, [1.0, 0.0, 1.0, 0.0])
+values = TreePO()(Forest.of([scored]))
+(row,) = treepo.learner.packing.pack(Forest.of([scored]), values)
+config = load(Path("configs/program.yaml"), ["sampler.width=5"])
+print(values.shape[0], len(row) > 0, config.sampler.width)
+""")
+        == "4 True 5\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["--version"], ["train", "configs/program.yaml", "--dry-run"]]
+)
+def test_help_and_dry_runs_need_no_torch(words):
+    out = run_base(f"""
+sys.argv = ["treepo", *{words!r}]
+from treepo.cli import main
+with contextlib.suppress(SystemExit):
+    main()
+""")
+    assert out.strip()
+
+
+def test_a_command_that_needs_torch_says_what_to_install():
+    program = """
+import importlib.util
+importlib.util.find_spec = lambda name, package=None: None
+sys.argv = ["treepo", "train", "configs/program.yaml"]
+from treepo.cli import main
+try:
+    main()
+except SystemExit as end:
+    print(end.code)
+"""
+    done = subprocess.run([sys.executable, "-c", BASE + program], capture_output=True, text=True, cwd=PROJECT)
+    assert done.stdout == "2\n"
+    expected = "error: this command needs torch, transformers, accelerate: pip install 'treepo[train]'"
+    assert " ".join(done.stderr.split()) == expected
+
+
+def test_importing_the_package_loads_next_to_nothing():
+    assert (
+        run_base("""
+import treepo
+print(sorted({"numpy", "pydantic"} & set(sys.modules)))
+""")
+        == "[]\n"
+    )
 
 
 def test_everything_public_is_there():

@@ -368,6 +368,10 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
 def _quiet() -> None:
     """Keep the libraries' progress bars and advice out of ours."""
+    from importlib.util import find_spec
+
+    if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
+        raise ConfigError(f"this command needs {', '.join(missing)}: pip install 'treepo[train]'")
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

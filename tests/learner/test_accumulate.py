@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.support.packed_oracle import EVERYTHING, TEMPERATURE, Case, flat_case, flat_gradient, worst
 from tests.support.random_trees import grow_random
 from treepo.forest import Forest
-from treepo.learner.gradient import Row, accumulate
+from treepo.learner.gradient import LossRow, accumulate
 from treepo.learner.loss import GSPO, PolicyLoss, TrainedTokens, policy_loss
 from treepo.learner.packing import PackedLeaves, Totals, pack
 from treepo.tree import ROOT, ScoredTree, Stop, Tree
@@ -30,8 +30,8 @@ def plain() -> Case:
     return flat_case("llama", torch.float64, grow_random, PolicyLoss(dual_clip=3.0))
 
 
-def row_of(case: Case) -> Row:
-    return Row(case.batch, torch.tensor(case.old), torch.tensor(case.reference))
+def row_of(case: Case) -> LossRow:
+    return LossRow(case.batch, torch.tensor(case.old), torch.tensor(case.reference))
 
 
 @pytest.mark.parametrize("max_tokens", [12, 10**6])
@@ -84,7 +84,7 @@ def leaf_advantages(case: Case, leaf: int) -> np.ndarray:
     return np.repeat(case.advantage[leaf, 1 : case.forest.depth[leaf] + 1], case.forest.length[path])
 
 
-def gspo_errors(case: Case, row: Row, max_tokens: int) -> tuple[float, float]:
+def gspo_errors(case: Case, row: LossRow, max_tokens: int) -> tuple[float, float]:
     """How far the packed loss and its gradient are from flat."""
     case.plain.zero_grad()
     flat = flat_gspo(flat_again(case), WIDE)
@@ -109,7 +109,7 @@ def flat_again(case: Case) -> Case:
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 10**6])
 def test_a_loss_over_responses_equals_flat_whole_and_in_pieces(plain: Case, max_tokens: int) -> None:
-    loss, gradient = gspo_errors(plain, Row(plain.batch, torch.tensor(plain.old)), max_tokens)
+    loss, gradient = gspo_errors(plain, LossRow(plain.batch, torch.tensor(plain.old)), max_tokens)
     assert loss <= 1e-7
     assert gradient <= 1e-6  # folded columns are float32
 
@@ -117,7 +117,7 @@ def test_a_loss_over_responses_equals_flat_whole_and_in_pieces(plain: Case, max_
 def test_the_oracle_rejects_leaves_with_each_others_paths(plain: Case) -> None:
     leaves = plain.batch.leaves
     wrong = replace(plain.batch, leaves=PackedLeaves(np.roll(leaves.path, 1, axis=0), leaves.advantage))
-    assert gspo_errors(plain, Row(wrong, torch.tensor(plain.old)), 10**6)[1] > 1e-3
+    assert gspo_errors(plain, LossRow(wrong, torch.tensor(plain.old)), 10**6)[1] > 1e-3
 
 
 def test_on_policy_gspo_has_the_gradient_of_the_mean_log_prob(plain: Case) -> None:

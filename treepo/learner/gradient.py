@@ -27,7 +27,7 @@ RowLoss = Callable[[Ints, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LossRow:
     """A packed row, and the log-probs [T] that its loss compares the policy with."""
 
     batch: PackedBatch
@@ -45,7 +45,7 @@ class Accumulated:
 
 def accumulate(
     model: PreTrainedModel,
-    rows: Sequence[PackedBatch | Row],
+    rows: Sequence[PackedBatch | LossRow],
     loss: Loss,
     *,
     totals: Totals | None = None,
@@ -60,7 +60,7 @@ def accumulate(
     one optimizer step. `temperature` is that of the sampling. At most `max_tokens` tokens, or one path if that is
     longer, keep activations at any time. `forward()` is entered for forward passes alone: the place for autocast.
     """
-    given = [row if isinstance(row, Row) else Row(row) for row in rows]
+    given = [row if isinstance(row, LossRow) else LossRow(row) for row in rows]
     totals = totals or Totals.of([row.batch for row in given])
     sums, first = _Sums(), ""
     for row in given:
@@ -83,7 +83,7 @@ def accumulate(
 
 
 def _loss_of_tokens(
-    loss: Loss, row: Row, totals: Totals, sums: _Sums, rows: Ints, logprob: Tensor, entropy: Tensor
+    loss: Loss, row: LossRow, totals: Totals, sums: _Sums, rows: Ints, logprob: Tensor, entropy: Tensor
 ) -> Tensor:
     """`loss` of some tokens of `row`; their parts of the metrics are added to `sums`."""
     tokens = TrainedTokens.of(

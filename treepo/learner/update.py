@@ -16,7 +16,7 @@ from treepo.advantages import Advantage
 from treepo.distributed import Processes
 from treepo.errors import DivergenceError
 from treepo.forest import Forest
-from treepo.learner.gradient import Row, accumulate, logprobs
+from treepo.learner.gradient import LossRow, accumulate, logprobs
 from treepo.learner.loss import Loss
 from treepo.learner.packing import PackedBatch, Totals, pack
 from treepo.learner.settings import LearnerSettings
@@ -87,13 +87,13 @@ class Learner:
                 found[name] = found.get(name, 0.0) + value / len(batches)
         return {"train/lr": lr, "train/updates": len(batches)} | found
 
-    def _mini_batches(self, step: int, forest: Forest) -> list[tuple[list[Row], Totals]]:
+    def _mini_batches(self, step: int, forest: Forest) -> list[tuple[list[LossRow], Totals]]:
         """This process's rows of each optimizer step, and the totals of every process's rows together."""
         trees = len(forest.trees)
         order = generator(self.seed, "mini-batches", step).sample(range(trees), trees)
         many = min(self.settings.mini_batches, trees)
         advantage = self.advantage(forest)
-        batches: list[tuple[list[Row], Totals]] = []
+        batches: list[tuple[list[LossRow], Totals]] = []
         for i in range(many):
             which = sorted(order[i::many])
             # A budget that leaves every process something to do.
@@ -113,14 +113,14 @@ class Learner:
                 mine.append(batch)
         return mine
 
-    def _row(self, batch: PackedBatch, off_policy: bool) -> Row:
+    def _row(self, batch: PackedBatch, off_policy: bool) -> LossRow:
         old = self._logprobs(self.model, batch) if off_policy else None
         if self.reference is None or not self.loss.needs_reference:
-            return Row(batch, old)
+            return LossRow(batch, old)
         with self.reference() as reference:
-            return Row(batch, old, self._logprobs(reference, batch))
+            return LossRow(batch, old, self._logprobs(reference, batch))
 
-    def _optimize(self, rows: Sequence[Row], totals: Totals) -> Metrics:
+    def _optimize(self, rows: Sequence[LossRow], totals: Totals) -> Metrics:
         """One optimizer step on the `rows` of every process."""
         found = accumulate(
             self.model,
