@@ -95,6 +95,7 @@ ORDER = [
     "run.folder",
     "run.trainer",
     "studies.statistics",
+    "studies.findings",
     "studies.study",
     "studies.training",
     "studies.headline",
