@@ -1,4 +1,4 @@
-"""Every benchmark runs with --quick and prints one JSON line with the documented fields. Its figures are not checked."""
+"""Every benchmark runs with --quick and prints one JSON line with the documented fields. Figures are not checked."""
 
 import json
 import os
