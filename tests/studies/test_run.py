@@ -143,13 +143,13 @@ def interrupted(command: list[str], ready: Callable[[], bool]) -> tuple[int, str
     """Run treepo in a process and press Ctrl-C once `ready`: its exit status and what it printed."""
     words = [sys.executable, "-c", "from treepo.cli import main; main()", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    try:
-        while not ready():
-            assert running.poll() is None
-            time.sleep(0.02)
-        running.send_signal(signal.SIGINT)
-        said, _ = running.communicate()
-    finally:
-        running.kill()
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as running:
+        try:
+            while not ready():
+                assert running.poll() is None
+                time.sleep(0.02)
+            running.send_signal(signal.SIGINT)
+            said, _ = running.communicate()
+        finally:
+            running.kill()
     return running.returncode, said
