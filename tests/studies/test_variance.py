@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.support.packed_oracle import models
 from tests.support.random_trees import grow_random
 from tests.support.small_runs import small_config
-from treepo.advantages import RLOO
+from treepo.advantages import RLOO, TreePO
 from treepo.errors import ConfigError
 from treepo.run.config import Config, changed
 from treepo.studies.study import Cell, Watch
@@ -47,6 +47,9 @@ def test_moments_are_those_of_gradients_taken_one_answer_at_a_time(tmp_path: Pat
     found = moments(config, packed, trees, RLOO(), tmp_path / "g.safetensors")
     mean = load_file(found["gradient"])["mean"].double()
     assert torch.allclose(mean, gradients.mean(0), atol=1e-5 * float(gradients.abs().max()))
+    mutant = moments(config, packed, trees, TreePO(), tmp_path / "mutant.safetensors")
+    other = load_file(mutant["gradient"])["mean"].double()
+    assert not torch.allclose(other, gradients.mean(0), atol=1e-2 * float(gradients.abs().max()))
     trace = float(gradients.var(0).sum())
     assert found["trace"] == pytest.approx(trace, rel=1e-6)
     assert found["square"] == pytest.approx(float(gradients.mean(0).square().sum()) - trace / 5, rel=1e-6)
