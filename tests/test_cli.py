@@ -21,7 +21,7 @@ from tests.support.random_trees import grow_random, rollout_of
 from tests.support.small_runs import save_model, save_questions, small_config, write_config
 from tests.tasks.test_scoring import gone
 from treepo.cli import app, main
-from treepo.report.console import Growing
+from treepo.report.console import SamplingProgress
 from treepo.run.build import training
 from treepo.run.config import load
 from treepo.tree import read_trees
@@ -138,7 +138,7 @@ def test_trees_are_shown_and_written_as_they_finish(finished_run: Path, tmp_path
 def test_on_a_terminal_rows_of_a_table_appear_above_a_bar(width: int) -> None:
     shown = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False)
     rollouts = [rollout_of(grow_random(seed), seed) for seed in (3, 1, 2)]
-    with Growing(shown, ["p1", "p2", "p3"]) as growing:
+    with SamplingProgress(shown, ["p1", "p2", "p3"]) as growing:
         for rollout in rollouts:
             growing.add(rollout)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.file.getvalue())

@@ -102,6 +102,7 @@ ORDER = [
     "run.config",
     "run.build",
     "studies.statistics",
+    "studies.findings",
     "studies.study",
     "studies.training",
     "studies.headline",

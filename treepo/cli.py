@@ -80,11 +80,11 @@ def train(
     """
     settings = _load(config, overrides, model, dry_run=dry_run)
     _quiet()
-    from treepo.report.console import Progressing, held_out_table, print_saved
+    from treepo.report.console import TrainingProgress, held_out_table, print_saved
     from treepo.report.curve import draw_curve
     from treepo.run.build import training
 
-    progress = Progressing(console, settings.trainer.steps)
+    progress = TrainingProgress(console, settings.trainer.steps)
     with progress, training(settings, resume=resume, observer=progress) as trainer:
         begun = trainer.state.step
         console.quiet = not trainer.processes.main
@@ -133,7 +133,7 @@ def sample(
         raise ConfigError(f"--split: train or test, not {split!r}")
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
-    from treepo.report.console import Growing, drawing, print_saved, rollout_table
+    from treepo.report.console import SamplingProgress, drawing, print_saved, tree_table
     from treepo.run.build import build_actor
     from treepo.tree import append_tree
 
@@ -150,11 +150,11 @@ def sample(
                     append_tree(out, tree)
             growing.add(tree)
 
-        with Growing(console, [problem.id for problem in chosen]) as growing:
+        with SamplingProgress(console, [problem.id for problem in chosen]) as growing:
             sampler = actor.sampler(settings.sampler)
             trees = actor.sample(keyed, sampler, settings.seed, on_tree=finished).trees
         if not console.is_terminal:
-            console.print(rollout_table(trees))
+            console.print(tree_table(trees))
         drawings = [drawing(tree, actor.decode, max(20, console.width - 40)) for tree in trees[:draw]]
         for drawn in drawings:
             console.print("", drawn, sep="\n")
@@ -218,23 +218,24 @@ def study(
     settings = _load(config, [*first, *others], model, newest=True, dry_run=dry_run)
     _quiet()
     from treepo.report.console import print_saved
-    from treepo.report.study import Watching, rich_table, write_report
-    from treepo.studies.run import Runner
+    from treepo.report.study import StudyProgress, terminal_table, write_report
+    from treepo.studies.run import Runner, StudyFolder
 
-    with Watching(console) as watching:
-        runner = Runner(name, found, settings, Path(settings.out), watching)
+    folder = StudyFolder(name, found, settings, Path(settings.out))
+    with StudyProgress(console) as progress:
+        runner = Runner(folder, progress)
         _stop_gently(runner.stop, "ending: cells under way keep what they have")
         done = runner()
     if not done:
         console.print("stopped early; the same command goes on", soft_wrap=True)
         raise typer.Exit(130)
-    findings = found.findings(settings, runner.done)
+    findings = found.findings(settings, folder.done)
     console.print(f"[bold]{found.question}[/]")
     for table in findings.tables:
-        console.print(rich_table(table))
+        console.print(terminal_table(table))
     for note in findings.notes:
         console.print(note)
-    print_saved(console, **write_report(runner, name, findings))
+    print_saved(console, **write_report(folder, findings))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The study of gradient noise: moments against gradients taken one answer at a time, estimates against known truths."""
+"""The study of gradient noise: moments against gradients taken one answer at a time, and its settings."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from tests.support.packed_oracle import models
 from tests.support.random_trees import grow_random
 from tests.support.small_runs import small_config
-from treepo.advantages import RLOO
-from treepo.studies.statistics import Mean
-from treepo.studies.variance import moments
+from treepo.advantages import RLOO, TreePO
+from treepo.errors import ConfigError
+from treepo.run.config import Config, changed
+from treepo.studies.study import Cell, Watch
+from treepo.studies.variance import VarianceStudy, moments
 from treepo.tree import ScoredTree
 
 
@@ -29,28 +31,31 @@ def scored() -> list[ScoredTree]:
 
 def test_moments_are_those_of_gradients_taken_one_answer_at_a_time(tmp_path: Path) -> None:
     packed, plain = models("llama", torch.float64)
-    rollouts, config = scored(), small_config(tmp_path)
+    trees, config = scored(), small_config(tmp_path)
     each = []
-    for rollout in rollouts:
+    for one in trees:
         plain.zero_grad()
-        rewards = np.array(rollout.rewards)
-        for leaf, reward in zip(rollout.tree.leaves(), rewards, strict=True):
+        rewards = np.array(one.rewards)
+        for leaf, reward in zip(one.tree.leaves(), rewards, strict=True):
             others = (rewards.sum() - reward) / max(1, len(rewards) - 1)
-            prompt, response = rollout.tree.prompt, rollout.tree.response(leaf)
+            prompt, response = one.tree.prompt, one.tree.response(leaf)
             ids = torch.tensor([[*prompt, *response]])
             logprob = plain(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
             (-(reward - others) * logprob.sum()).backward()
         each.append(torch.cat([p.grad.flatten() for p in plain.parameters()]))
     gradients = torch.stack(each)
-    found = moments(config, packed, rollouts, RLOO(), tmp_path / "g.safetensors")
+    found = moments(config, packed, trees, RLOO(), tmp_path / "g.safetensors")
     mean = load_file(found["gradient"])["mean"].double()
     assert torch.allclose(mean, gradients.mean(0), atol=1e-5 * float(gradients.abs().max()))
+    mutant = moments(config, packed, trees, TreePO(), tmp_path / "mutant.safetensors")
+    other = load_file(mutant["gradient"])["mean"].double()
+    assert not torch.allclose(other, gradients.mean(0), atol=1e-2 * float(gradients.abs().max()))
     trace = float(gradients.var(0).sum())
     assert found["trace"] == pytest.approx(trace, rel=1e-6)
     assert found["square"] == pytest.approx(float(gradients.mean(0).square().sum()) - trace / 5, rel=1e-6)
 
 
-def test_queries_without_spread_count_as_gradients_of_zero(tmp_path: Path) -> None:
+def test_prompts_without_spread_count_as_gradients_of_zero(tmp_path: Path) -> None:
     packed, _ = models("llama", torch.float64)
     some = scored()
     flat = [ScoredTree(r.problem_id, r.tree, [1.0] * len(r.rewards)) for r in some]
@@ -64,15 +69,8 @@ def test_queries_without_spread_count_as_gradients_of_zero(tmp_path: Path) -> No
     assert diluted["trace"] + diluted["square"] == pytest.approx((alone["trace"] + alone["square"]) / 2, rel=1e-6)
 
 
-def test_the_jackknife_of_a_mean_is_students_interval_and_takes_the_bias_off_a_square() -> None:
-    values = np.random.default_rng(0).normal(2, 3, (4000, 6))
-    seeds = range(6)
-    found, plain = Mean.jackknife(seeds, lambda some: float(values[0, list(some)].mean())), Mean.of(values[0].tolist())
-    assert found and (found.mean, found.low, found.high) == pytest.approx((plain.mean, plain.low, plain.high))
-    squares = [Mean.jackknife(seeds, lambda some, v=v: float(v[list(some)].mean() ** 2)).mean for v in values]
-    assert np.mean(squares) == pytest.approx(4, abs=0.15), "the plain square is 4 + 9 / 6 on average"
-
-
-def test_the_jackknife_needs_every_part() -> None:
-    assert Mean.jackknife(range(3), lambda some: None if 1 not in some else 1.0) is None
-    assert Mean.jackknife([4], lambda some: float(len(some))) == Mean(1.0, None, None, 1)
+def test_a_study_of_gradients_wants_enough_problems(config: Config, tmp_path: Path) -> None:
+    cell = Cell("policy gradient", 0, stage="truth")
+    study = VarianceStudy(problems=2, truth_problems=3)
+    with pytest.raises(ConfigError, match="the task has 4 problems to train on"):
+        study.measure(changed(config, ["warmup.steps=1"]), cell, tmp_path, Watch())

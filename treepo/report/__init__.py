@@ -1,1 +1,1 @@
-"""What a person looks at: the progress of a run, its curves, trees drawn as text."""
+"""Output for people: the progress of a run, its curves, reports of studies, and trees drawn as text."""

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 
 
 class Bars:
-    """Holds `_bar`: columns `before`, how much is done of how much, the task's `note`, then column `time`."""
+    """Holds the bars `_bar`. Their columns: `before`, the bar, how much is done, the `note` of the task, and `time`."""
 
     def __init__(self, console: Console, *before: ProgressColumn, time: ProgressColumn) -> None:
         self.console = console

@@ -1,4 +1,4 @@
-"""What the command line shows: progress of a run, tables of results, a tree drawn as text."""
+"""Output of the command line: progress of a run, tables of results, trees drawn as text."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rich.tree import Tree as Drawing
 
 from treepo.evaluate import Evaluation
 from treepo.report.bars import Bars
-from treepo.run.folder import Metrics
+from treepo.run.metrics import Metrics
 from treepo.run.trainer import Observer
 from treepo.tree import ROOT, ScoredTree
 
-ROWS = (
+ACCURACIES = (
     ("greedy pass@1", "greedy"),
     ("sampled pass@1", "pass_at_1"),
     ("pass@{k}", "pass_at_k"),
     ("maj@{k}", "maj_at_k"),
 )
 
-ROLLOUT_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+TREE_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("problem", "left"),
     ("leaves", "right"),
     ("reward", "right"),
@@ -38,8 +38,11 @@ ROLLOUT_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 )
 
 
-class Progressing(Bars, Observer):
-    """Shows a run: a bar with reward, tokens/s and sharing on a terminal, a line now and then elsewhere."""
+class TrainingProgress(Bars, Observer):
+    """Shows the progress of a training run.
+
+    A terminal gets a bar with reward, tokens per second and sharing. Elsewhere a line is printed every ten steps.
+    """
 
     def __init__(self, console: Console, steps: int) -> None:
         super().__init__(
@@ -66,19 +69,20 @@ class Progressing(Bars, Observer):
         self.console.print(f"attention of packed rows: {attention}, in the first one", highlight=False)
 
     def stepped(self, metrics: Metrics) -> None:
-        reward = "-" if metrics["reward"] is None else f"{metrics['reward']:.2f}"
-        rate = metrics["tokens_flat"] / max(metrics["seconds"]["step"], 1e-9)
-        note = f"reward {reward}  {rate:,.0f} tok/s  sharing {metrics['sharing']:.2f}"
-        self._bar.update(self._main, completed=metrics["step"], note=note)
-        if not self.console.is_terminal and (metrics["step"] % 10 == 0 or metrics["step"] == self.steps):
-            self.console.print(f"step {metrics['step']:>5}/{self.steps}  {note}")
-        if not metrics["queries_used"]:
-            self.console.print(f"step {metrics['step']}: all leaves of every query had the same reward: no update")
+        step, reward = metrics["step"], metrics["reward/mean"]
+        rate = metrics["tokens/flat"] / max(metrics["seconds/step"], 1e-9)
+        shown = "-" if reward is None else f"{reward:.2f}"
+        note = f"reward {shown}  {rate:,.0f} tok/s  sharing {metrics['tokens/sharing']:.2f}"
+        self._bar.update(self._main, completed=step, note=note)
+        if not self.console.is_terminal and (step % 10 == 0 or step == self.steps):
+            self.console.print(f"step {step:>5}/{self.steps}  {note}")
+        if not metrics["prompts/used"]:
+            self.console.print(f"step {step}: all leaves of every prompt had the same reward: no update")
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self.first, self.last = self.first or evaluation, evaluation
         found = "  ".join(
-            f"{label.format(k=evaluation.samples)} {getattr(evaluation, name).mean:.3f}" for label, name in ROWS
+            f"{label.format(k=evaluation.samples)} {getattr(evaluation, name).mean:.3f}" for label, name in ACCURACIES
         )
         self.console.print(f"[bold]held out after step {step}[/]  {found}", soft_wrap=True)
 
@@ -94,8 +98,11 @@ class Progressing(Bars, Observer):
         )
 
 
-class Growing(Bars):
-    """Shows trees as they are finished: rows of a table above a bar on a terminal, a line each elsewhere."""
+class SamplingProgress(Bars):
+    """Shows every tree when it is finished.
+
+    A terminal gets the rows of a table above a progress bar. Elsewhere a line is printed for every tree.
+    """
 
     def __init__(self, console: Console, problem_ids: Sequence[str]) -> None:
         super().__init__(console, SpinnerColumn(), TextColumn("sample"), time=TimeElapsedColumn())
@@ -108,31 +115,31 @@ class Growing(Bars):
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
-            self._print_row([name for name, _ in ROLLOUT_COLUMNS], style="bold")
+            self._print_row([name for name, _ in TREE_COLUMNS], style="bold")
         return super().__enter__()
 
-    def add(self, rollout: ScoredTree) -> None:
+    def add(self, scored: ScoredTree) -> None:
         """Show a tree that is finished and scored."""
         self._trees += 1
-        self._tokens += rollout.tree.flat_tokens
-        self._rewards += [reward for reward in rollout.rewards if reward is not None]
+        self._tokens += scored.tree.flat_tokens
+        self._rewards += [reward for reward in scored.rewards if reward is not None]
         rate = self._tokens / max(time.perf_counter() - self._start, 1e-9)
         note = f"reward {_mean(self._rewards)}  {rate:,.0f} tok/s"
-        cells = _cells(rollout)
+        cells = _cells(scored)
         if self.console.is_terminal:
             self._print_row(cells)
             self._bar.update(self._task, completed=self._trees, note=note)
         else:
-            named = [f"{name} {cell}" for (name, _), cell in zip(ROLLOUT_COLUMNS, cells, strict=True)]
+            named = [f"{name} {cell}" for (name, _), cell in zip(TREE_COLUMNS, cells, strict=True)]
             self.console.print(
                 f"{self._trees}/{self.problems}  {'  '.join(named)}", soft_wrap=True, highlight=False, markup=False
             )
 
     def _print_row(self, cells: Sequence[str], style: str = "") -> None:
-        # Columns of fixed width, so that rows fit together that are printed one by one.
+        # The rows are printed one by one. Columns of fixed width keep them aligned.
         row = Table(box=None, show_header=False, expand=True, padding=(0, 2, 0, 0), pad_edge=False)
         row.add_column(width=max(self._widest, len("problem")), overflow="fold")
-        for name, _ in ROLLOUT_COLUMNS[1:-1]:
+        for name, _ in TREE_COLUMNS[1:-1]:
             row.add_column(width=max(len(name), 7), justify="right")
         row.add_column(ratio=1)
         row.add_row(*map(escape, cells), style=style)
@@ -146,7 +153,7 @@ def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
     table.add_column("")
     for title, _ in columns:
         table.add_column(title, justify="right")
-    for label, name in ROWS:
+    for label, name in ACCURACIES:
         table.add_row(label.format(k=first.samples), *(escape(str(getattr(e, name))) for _, e in columns))
     table.add_row("response tokens", *(f"{e.response_tokens:.1f}" for _, e in columns))
     if any(e.unscored for _, e in columns):
@@ -154,24 +161,24 @@ def held_out_table(columns: Sequence[tuple[str, Evaluation]]) -> Table:
     return table
 
 
-def rollout_table(rollouts: Sequence[ScoredTree]) -> Table:
-    """What was sampled, a row per tree."""
-    table = Table(title="1 tree" if len(rollouts) == 1 else f"{len(rollouts)} trees")
-    for name, justify in ROLLOUT_COLUMNS:
+def tree_table(trees: Sequence[ScoredTree]) -> Table:
+    """The sampled trees, one row per tree."""
+    table = Table(title="1 tree" if len(trees) == 1 else f"{len(trees)} trees")
+    for name, justify in TREE_COLUMNS:
         table.add_column(name, justify=justify, overflow="fold")
-    for rollout in rollouts:
-        table.add_row(*map(escape, _cells(rollout)))
+    for scored in trees:
+        table.add_row(*map(escape, _cells(scored)))
     return table
 
 
-def _cells(rollout: ScoredTree) -> list[str]:
-    """What `ROLLOUT_COLUMNS` say of a tree."""
-    tree = rollout.tree
+def _cells(scored: ScoredTree) -> list[str]:
+    """The texts of a tree for `TREE_COLUMNS`."""
+    tree = scored.tree
     stops = Counter(str(tree.nodes[leaf].stop) for leaf in tree.leaves())
     return [
-        rollout.problem_id,
-        str(len(rollout.rewards)),
-        _mean([reward for reward in rollout.rewards if reward is not None]),
+        scored.problem_id,
+        str(len(scored.rewards)),
+        _mean([reward for reward in scored.rewards if reward is not None]),
         str(tree.unique_tokens),
         str(tree.flat_tokens),
         f"{tree.flat_tokens / max(1, tree.unique_tokens):.2f}",
@@ -183,10 +190,10 @@ def _mean(rewards: Sequence[float]) -> str:
     return f"{sum(rewards) / len(rewards):.2f}" if rewards else "-"
 
 
-def drawing(rollout: ScoredTree, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:
-    """The tree as text, forks as branches: segments parted by `·`, and at a leaf why it ended and what it is worth."""
-    tree = rollout.tree
-    reward = dict(zip(tree.leaves(), rollout.rewards, strict=True))
+def drawing(scored: ScoredTree, decode: Callable[[Sequence[int]], str], width: int = 60) -> Drawing:
+    """The tree as text, forks as branches. `·` separates segments. A leaf shows why it ended and its reward."""
+    tree = scored.tree
+    reward = dict(zip(tree.leaves(), scored.rewards, strict=True))
 
     def text(chain: list[int]) -> str:
         line = "·".join(decode(tree.nodes[node].tokens).replace("\n", "\\n") for node in chain)
@@ -194,9 +201,9 @@ def drawing(rollout: ScoredTree, decode: Callable[[Sequence[int]], str], width: 
         leaf = chain[-1]
         if leaf not in reward:
             return escape(line)
-        worth = reward[leaf]
-        style = "dim" if worth is None else "green" if worth > 0 else "red"
-        shown = rollout.reasons.get(leaf, "?") if worth is None else f"{worth:g}"
+        value = reward[leaf]
+        style = "dim" if value is None else "green" if value > 0 else "red"
+        shown = scored.reasons.get(leaf, "?") if value is None else f"{value:g}"
         return f"{escape(line)}  [{style}]{tree.nodes[leaf].stop} {escape(shown)}[/]"
 
     drawn = Drawing(f"[bold]{escape(decode(tree.prompt))}[/]")
@@ -212,7 +219,7 @@ def drawing(rollout: ScoredTree, decode: Callable[[Sequence[int]], str], width: 
 
 
 def print_saved(console: Console, **paths: Path | Any) -> None:
-    """A line per thing that was written."""
+    """Print a line for every file that was written: its name and path. None is left out."""
     for name, path in paths.items():
         if path is not None:
             console.print(f"{name.replace('_', ' ')}: {path}", soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""What a measurement ran on: versions and the device, to be kept with its numbers."""
+"""Versions and the device, which are saved with the numbers of a measurement."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 
 def versions(packages: Sequence[str] = ("treepo", "torch", "transformers", "numpy")) -> dict[str, str]:
-    """Of Python and of `packages`."""
+    """The versions of Python and of `packages`, by name."""
     return {"python": platform.python_version(), **{package: _version(package) for package in packages}}
 
 
 def device() -> str:
-    """The accelerator's name, or the processor's with the threads that torch uses."""
+    """The accelerator's name, or the name of the processor with the number of threads that torch uses."""
     import torch
 
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Studies that only sample: what trees can share, what that is worth in time, and what it buys at test time."""
+"""Studies that only sample: what trees share, how much faster that is, and what trees gain at test time."""
 
 from __future__ import annotations
 
@@ -19,30 +19,15 @@ from treepo.rollouts import Actor
 from treepo.run.build import build_actor
 from treepo.run.config import Config, changed
 from treepo.sampler import Sampler, SamplerSettings
+from treepo.studies.findings import Curve, Findings, Plot, Result, ResultTable, Value, means_table
 from treepo.studies.statistics import Mean
-from treepo.studies.study import (
-    START,
-    Cell,
-    Findings,
-    Line,
-    Panel,
-    Result,
-    Results,
-    Study,
-    Table,
-    Value,
-    Watch,
-    by_arm,
-    starting_model,
-)
+from treepo.studies.study import Cell, Results, Study, Watch, by_arm, sample_trees
 
 
-class Sampling(Study):
+class SamplingStudy(Study):
     """A study that samples from the starting model of each seed."""
 
-    def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
-        if cell.stage == START:
-            return starting_model(config, folder, watch)
+    def measure_arm(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
         with build_actor(config) as actor:
             return self.sample(config, actor, watch)
 
@@ -54,12 +39,12 @@ class Sampling(Study):
 # Overlap ----------------------------------------------------------------------------------------------------------
 
 
-class Overlap(Sampling):
-    """How much of independent responses coincides, so that a tree could have sampled it once."""
+class OverlapStudy(SamplingStudy):
+    """Measures how much of independent responses is equal at the beginning. A tree would sample that part once."""
 
     title: ClassVar[str] = "Overlap"
     question: ClassVar[str] = (
-        "How much of the beginnings of independent responses coincides? (arXiv 2508.17445, section 2.1)"
+        "How much of independent responses is equal at the beginning? (arXiv 2508.17445, section 2.1)"
     )
 
     problems: int = Field(64, ge=1, description="Problems, the first of the test split.")
@@ -75,14 +60,14 @@ class Overlap(Sampling):
 
     def sample(self, config: Config, actor: Actor, watch: Watch) -> Result:
         chosen = actor.task.problems("test")[: self.problems]
-        rollouts = actor.rollouts(
-            [(f"overlap/{p.id}", p) for p in chosen],
-            config.sampler,
-            config.seed,
-            on_progress=lambda done, total: watch.progress(done / total),
+        scored = sample_trees(
+            actor,
+            config,
+            {f"overlap/{p.id}": p for p in chosen},
+            lambda done, total: watch.progress(done / total),
         )
-        responses = [[r.tree.response(leaf) for leaf in r.tree.leaves()] for r in rollouts]
-        given = final_answers(actor, rollouts)
+        responses = [[s.tree.response(leaf) for leaf in s.tree.leaves()] for s in scored]
+        given = final_answers(actor, scored)
         return {
             "common_prefix": float(np.mean([common_prefix(group) for group in responses])),
             "shared": float(np.mean([1 - distinct_tokens(group) / sum(map(len, group)) for group in responses])),
@@ -94,16 +79,14 @@ class Overlap(Sampling):
     def findings(self, config: Config, done: Results) -> Findings:
         arms = by_arm(done)
         columns = {
-            "common_prefix": "tokens that two responses share",
-            "response_tokens": "tokens of a response",
-            "shared": "part that a tree could share",
-            "answers": "distinct answers",
+            "tokens that two responses share": "common_prefix",
+            "tokens of a response": "response_tokens",
+            "part that a tree could share": "shared",
+            "distinct answers": "answers",
         }
-        rows: list[list[Value]] = [
-            [arm, *(Mean.of([r[c] for r in runs.values()]) for c in columns)] for arm, runs in arms.items()
-        ]
-        lines = [
-            Line(
+        title = f"{self.responses} independent responses to each of {self.problems} problems"
+        curves = [
+            Curve(
                 arm,
                 np.linspace(0, 1, len(next(iter(runs.values()))["beginnings"])).tolist(),
                 [Mean.of(list(at)) for at in zip(*(r["beginnings"] for r in runs.values()), strict=True)],
@@ -111,24 +94,18 @@ class Overlap(Sampling):
             for arm, runs in arms.items()
         ]
         return Findings(
+            (means_table(title, arms, columns),),
+            (Plot("part of the response", "distinct beginnings / responses", tuple(curves)),),
             (
-                Table(
-                    f"{self.responses} independent responses to each of {self.problems} problems",
-                    ("arm", *columns.values()),
-                    rows,
-                ),
-            ),
-            (Panel("part of the response", "distinct beginnings / responses", tuple(lines)),),
-            (
-                "The part that a tree could share is 1 - nodes / tokens of the prefix tree of a problem's responses: "
-                "what sampling them as one tree would have saved, had it known where they part.",
+                "The part that a tree could share is 1 - nodes / tokens of the prefix tree of a problem's responses. "
+                "One tree would have saved this part of the tokens if it had forked exactly where the responses part.",
             ),
         )
 
 
 def common_prefix(responses: Sequence[Sequence[int]]) -> float:
-    """Mean number of tokens that two of `responses` have in common before they part."""
-    # In order, the common prefix of two is the shortest one of all neighbours between them.
+    """Mean number of tokens at the beginning that two of `responses` have in common."""
+    # In sorted order, the common prefix of two responses is the shortest one among the neighbours between them.
     ordered = sorted(map(tuple, responses))
     steps = [_common(a, b) for a, b in pairwise(ordered)]
     found = [min(steps[i:j]) for i in range(len(ordered)) for j in range(i + 1, len(ordered))]
@@ -136,13 +113,13 @@ def common_prefix(responses: Sequence[Sequence[int]]) -> float:
 
 
 def distinct_tokens(responses: Sequence[Sequence[int]]) -> int:
-    """Nodes of the prefix tree of `responses`: tokens, those of a shared beginning once."""
+    """The number of tokens of `responses`, those of a shared beginning counted once."""
     ordered = sorted(map(tuple, responses))
     return sum(map(len, ordered)) - sum(_common(a, b) for a, b in pairwise(ordered))
 
 
 def distinct_beginnings(responses: Sequence[Sequence[int]], points: int) -> list[float]:
-    """How many beginnings differ, per response, after each of `points` equal parts of the longest response."""
+    """[points + 1] The share of different beginnings after each of `points` equal parts of the longest response."""
     longest = max(map(len, responses))
     lengths = np.linspace(0, longest, points + 1).round().astype(int).tolist()
     return [len({tuple(tokens[:n]) for tokens in responses}) / len(responses) for n in lengths]
@@ -155,25 +132,27 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 # Efficiency -------------------------------------------------------------------------------------------------------
 
 
-class Efficiency(Sampling):
-    """Trajectories per second of trees of many shapes against independent responses, at one response budget.
+class EfficiencyStudy(SamplingStudy):
+    """Measures trajectories per second of trees of many shapes against independent responses of the same length.
 
-    Every response has the full length: stops and EOS are left out, so that all shapes do equal work and a model of
-    random weights will do. Shapes take turns in one process.
+    Every response has the full length, because stopping rules and EOS are switched off. So all shapes do equal work,
+    and a model with random weights is enough. All shapes are measured in one process, one after the other.
     """
 
     title: ClassVar[str] = "Efficiency"
     question: ClassVar[str] = (
-        "How many more trajectories per second do trees make, by depth, divergence and width? "
+        "How many more trajectories per second do trees sample, by depth, divergence and width? "
         "(arXiv 2508.17445, section 4.3)"
     )
 
     seeds: int = Field(3, ge=1, description="Repeats of every measurement.")
     response_tokens: int = Field(512, ge=1, description="Tokens of every response (the paper: 7000).")
-    segment_tokens: list[int] = Field([64, 128, 256], min_length=1, description="Lengths that divide it.")
-    divergences: list[int] = Field([2, 4, 8], min_length=1, description="Children per path and level, first included.")
+    segment_tokens: list[int] = Field(
+        [64, 128, 256], min_length=1, description="Segment lengths that divide response_tokens."
+    )
+    divergences: list[int] = Field([2, 4, 8], min_length=1, description="Children per path at every level.")
     rollouts: list[int] = Field([4, 16, 64], min_length=1, description="Responses per prompt.")
-    rows: int = Field(128, ge=1, description="Responses in all, of so many prompts as that takes.")
+    rows: int = Field(128, ge=1, description="Responses in total. The number of prompts is rows / rollouts.")
 
     def quick(self) -> Self:
         return self.model_copy(
@@ -233,10 +212,10 @@ class Efficiency(Sampling):
         return changed(config, overrides).sampler
 
     def findings(self, config: Config, done: Results) -> Findings:
-        tables, panels = [], []
+        tables, plots = [], []
         for arm, runs in by_arm(done).items():
             rows: list[list[Value]] = []
-            lines: dict[str, list[tuple[float, Mean]]] = {}
+            by_divergence: dict[str, list[tuple[float, Mean]]] = {}
             for shape in next(iter(runs.values())):
                 ratio = [r[shape]["trajectories_per_s"] / r["i.i.d."]["trajectories_per_s"] for r in runs.values()]
                 columns = ("trajectories_per_s", "tokens_per_s", "unique_tokens_per_s", "sharing")
@@ -244,28 +223,30 @@ class Efficiency(Sampling):
                 rows.append([shape, Mean.of_ratios(ratio), *means])
                 if shape != "i.i.d.":
                     depth, _, divergence = shape.partition(", ")
-                    lines.setdefault(divergence, []).append((float(depth.split(" x ")[1]), Mean.of_ratios(ratio)))
+                    by_divergence.setdefault(divergence, []).append(
+                        (float(depth.split(" x ")[1]), Mean.of_ratios(ratio))
+                    )
             names = ("over i.i.d.", "trajectories/s", "trajectory tokens/s", "generated tokens/s", "sharing")
-            tables.append(Table(f"{arm} of {self.response_tokens} tokens", ("depth x segment", *names), rows))
-            found = tuple(Line(name, [x for x, _ in at], [y for _, y in at]) for name, at in lines.items())
-            panels.append(Panel(f"segment tokens, {arm}", "trajectories/s over i.i.d.", found, log_x=True))
-        return Findings(tuple(tables), tuple(panels))
+            tables.append(ResultTable(f"{arm} of {self.response_tokens} tokens", ("depth x segment", *names), rows))
+            found = tuple(Curve(name, [x for x, _ in at], [y for _, y in at]) for name, at in by_divergence.items())
+            plots.append(Plot(f"segment tokens, {arm}", "trajectories/s over i.i.d.", found, log_x=True))
+        return Findings(tuple(tables), tuple(plots))
 
 
 # Compute ----------------------------------------------------------------------------------------------------------
 
 
-class Compute(Sampling):
-    """Accuracy of k responses against the tokens that they take: independent ones, and trees of several divergences."""
+class ComputeStudy(SamplingStudy):
+    """Measures maj@k and pass@k against generated tokens: independent responses, and trees of several divergences."""
 
     title: ClassVar[str] = "Test-time compute"
     question: ClassVar[str] = (
-        "What do trees buy at test time: maj@k and pass@k for the tokens generated? (arXiv 2508.17445, section 4.5)"
+        "How accurate are k responses of a tree, for the tokens generated? (arXiv 2508.17445, section 4.5)"
     )
 
     problems: int = Field(128, ge=1, description="Problems, the first of the test split.")
     widths: list[int] = Field([2, 4, 8, 16, 32], min_length=1, description="Responses per problem, k.")
-    divergences: list[int] = Field([2, 4, 8], min_length=1, description="Children per path and level, first included.")
+    divergences: list[int] = Field([2, 4, 8], min_length=1, description="Children per path at every level.")
 
     def quick(self) -> Self:
         return self.model_copy(update={"seeds": 2, "problems": 32, "widths": [2, 8], "divergences": [2]})
@@ -280,19 +261,20 @@ class Compute(Sampling):
         chosen = actor.task.problems("test")[: self.problems]
         found = []
         for i, k in enumerate(self.widths):
-            rollouts = actor.rollouts(
-                [(f"compute/{p.id}", p) for p in chosen],
-                config.sampler.model_copy(update={"width": k}),
-                config.seed,
-                on_progress=partial(self._progress, watch, i),
+            shape = config.sampler.model_copy(update={"width": k})
+            scored = sample_trees(
+                actor,
+                config.model_copy(update={"sampler": shape}),
+                {f"compute/{p.id}": p for p in chosen},
+                partial(self._progress, watch, i),
             )
-            good = correct(rollouts, config.evaluate.correct_at)
+            good = correct(scored, config.evaluate.correct_at)
             found.append(
                 {
                     "k": k,
-                    "tokens": float(np.mean([r.tree.unique_tokens for r in rollouts])),
+                    "tokens": float(np.mean([s.tree.unique_tokens for s in scored])),
                     "pass": float(pass_at_k(good, k).mean()),
-                    "maj": float(maj_at_k(final_answers(actor, rollouts), good, k, config.seed).mean()),
+                    "maj": float(maj_at_k(final_answers(actor, scored), good, k, config.seed).mean()),
                 }
             )
         return {"points": found}
@@ -303,18 +285,19 @@ class Compute(Sampling):
     def findings(self, config: Config, done: Results) -> Findings:
         arms = by_arm(done)
         rows: list[list[Value]] = []
-        lines: dict[str, list[Line]] = {"maj": [], "pass": []}
+        curves: dict[str, list[Curve]] = {"maj": [], "pass": []}
         for arm, runs in arms.items():
             by_width = list(zip(*(r["points"] for r in runs.values()), strict=True))
             columns = ("tokens", "maj", "pass")
             rows += [[arm, at[0]["k"], *(Mean.of([p[c] for p in at]) for c in columns)] for at in by_width]
-            for name, found in lines.items():
+            for name, found in curves.items():
                 x = [float(np.mean([p["tokens"] for p in at])) for at in by_width]
-                found.append(Line(arm, x, [Mean.of([p[name] for p in at]) for at in by_width]))
+                found.append(Curve(arm, x, [Mean.of([p[name] for p in at]) for at in by_width]))
+        names = ("arm", "k", "tokens per problem", "maj@k", "pass@k")
         return Findings(
-            (Table(f"{self.problems} problems", ("arm", "k", "tokens per problem", "maj@k", "pass@k"), rows),),
+            (ResultTable(f"{self.problems} problems", names, rows),),
             tuple(
-                Panel("tokens generated per problem", f"{name}@k", tuple(found), log_x=True)
-                for name, found in lines.items()
+                Plot("tokens generated per problem", f"{name}@k", tuple(found), log_x=True)
+                for name, found in curves.items()
             ),
         )

@@ -1,4 +1,4 @@
-"""Means over seeds with intervals, paired differences, and reading a learning curve between its points."""
+"""Means over seeds with intervals, paired differences, and values of a learning curve between its points."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy.special import stdtrit  # scipy.stats has the same quantile, but every cell's process would import it
 
 from treepo.forest import Floats
 
@@ -16,7 +16,7 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A mean over `n` seeds and Student's t interval of 95 %; a single seed has no interval."""
+    """A mean over `n` seeds with its 95 % interval (Student's t). A single seed has no interval: None."""
 
     mean: float
     low: float | None
@@ -25,23 +25,25 @@ class Mean:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Of independent `values`, at least one."""
+        """The mean of independent `values`, at least one."""
         mean, n = float(np.mean(values)), len(values)
         if n < 2:
             return cls(mean, None, None, n)
-        half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+        half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * np.std(values, ddof=1) / np.sqrt(n))
         return cls(mean, mean - half, mean + half, n)
 
     @classmethod
     def of_ratios(cls, values: Sequence[float]) -> Mean:
-        """The geometric mean of positive `values` with the interval of their logarithms."""
+        """The geometric mean of positive `values`. Its interval is computed from their logarithms."""
         return cls.of(np.log(values).tolist()).exp()
 
     @classmethod
     def jackknife(cls, seeds: Sequence[int], estimate: Callable[[Sequence[int]], float | None]) -> Mean | None:
-        """What `estimate` makes of all `seeds` together, less the bias of its non-linearity (Quenouille's jackknife).
+        """The value of `estimate(seeds)`, corrected for bias, with an interval (Quenouille's jackknife).
 
-        Pseudo-values are as good as independent. None if it cannot be had of all seeds, or of all but one.
+        A non-linear function of a mean, such as its square, is biased. The jackknife leaves out one seed at a time and
+        removes most of that bias. The interval treats its pseudo-values as independent. The result is None if
+        `estimate` returns None for all seeds, or for all seeds but one.
         """
         n, whole = len(seeds), estimate(seeds)
         if whole is None or n < 2:
@@ -50,24 +52,24 @@ class Mean:
         return cls.of([n * whole - (n - 1) * x for x in without if x is not None]) if None not in without else None
 
     def exp(self) -> Mean:
-        """A mean of logarithms as one of the numbers themselves."""
+        """The exponential of a mean of logarithms, and of its interval."""
         low, high = (None if x is None else float(np.exp(x)) for x in (self.low, self.high))
         return Mean(float(np.exp(self.mean)), low, high, self.n)
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Mean | None:
-    """The mean of `values` - `baseline` over the seeds that both have; None if there are none."""
+    """The mean of `values` - `baseline` over the seeds that both have. None if they have no seed in common."""
     both = sorted(values.keys() & baseline.keys())
     return Mean.of([values[seed] - baseline[seed] for seed in both]) if both else None
 
 
 def at(x: ArrayLike, y: ArrayLike, where: float) -> float:
-    """The curve through the points (x, y), x ascending, at `where`; its ends go on level."""
+    """The value at `where` of the curve through the points (x, y), x ascending. Outside it keeps its end values."""
     return float(np.interp(where, np.asarray(x, float), np.asarray(y, float)))
 
 
 def first_reach(x: ArrayLike, y: ArrayLike, target: float) -> float | None:
-    """The first x at which the curve through the points is at least `target`; None if it never is."""
+    """The first x at which the curve through the points is at least `target`. None if it never is."""
     xs, ys = np.asarray(x, float), np.asarray(y, float)
     (above,) = np.nonzero(ys >= target)
     if not len(above):
@@ -80,7 +82,7 @@ def first_reach(x: ArrayLike, y: ArrayLike, target: float) -> float | None:
 
 
 def band(curves: Sequence[tuple[ArrayLike, ArrayLike]], points: int = 100) -> tuple[Floats, list[Mean]]:
-    """The mean of several curves with intervals, at `points` places up to where the shortest of them ends."""
+    """The mean of several curves, with intervals, at `points` places. It ends where the shortest curve ends."""
     end = min(float(np.asarray(x, float)[-1]) for x, _ in curves)
     start = max(float(np.asarray(x, float)[0]) for x, _ in curves)
     grid = np.linspace(start, end, points)

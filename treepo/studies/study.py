@@ -1,30 +1,31 @@
-"""What a study is: arms side by side with several seeds, each pair a cell that is measured by itself.
+"""The definition of a study: several arms, each measured with several seeds. An arm with a seed is a cell.
 
-Cells run in processes of their own, and their results are kept one by one (`treepo.studies.run`), so that a study that
-was stopped goes on where it was. The same seed means the same starting model and the same problems in every arm:
-differences are taken seed by seed.
+`treepo.studies.run` measures every cell in a process of its own and keeps each result, so a study that was stopped
+can continue later. The same seed means the same starting model and the same problems in every arm. Differences between
+arms are therefore taken seed by seed.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from pydantic import Field
 
+from treepo.rollouts import Actor
 from treepo.run.build import build_actor
 from treepo.run.config import Config, changed
 from treepo.settings import Settings
-from treepo.studies.statistics import Mean
+from treepo.studies.findings import Arms, Findings, Result
+from treepo.tasks import Problem
+from treepo.tree import ScoredTree
 
-START = "start"  # the stage in which starting models are made
-
-Result = dict[str, Any]
-"""What a cell found, as JSON values."""
+START = "start"  # the stage in which the starting models are made
+MAIN = "main"  # the stage whose cells are the arms
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,11 @@ class Cell:
     arm: str
     seed: int
     overrides: tuple[str, ...] = ()  # what the arm changes in the configuration
-    stage: str = "main"
+    stage: str = MAIN
 
     @property
     def name(self) -> str:
-        """Unique in the study, and fit for a folder."""
+        """The name of the cell, unique in its study. It can be used as a relative path."""
         return f"{self.stage}/{re.sub(r'[^a-zA-Z0-9.]+', '-', self.arm).strip('-')}/seed-{self.seed}"
 
 
@@ -46,120 +47,103 @@ Results = Mapping[Cell, Result]
 
 
 class Stopped(Exception):  # noqa: N818  # not an error
-    """A cell was asked to stop, and keeps nothing of what it did."""
+    """A cell was asked to stop. It keeps nothing of its work."""
 
 
 class Watch:
-    """How a cell tells of its progress, and learns that it should stop. This one shows it to nobody."""
+    """A cell reports its progress here, and finds out here whether it should stop. This class shows nothing."""
 
     def __init__(self) -> None:
         self.stopping = False
         self._on_stop: Callable[[], None] | None = None
 
     def progress(self, part: float, note: str = "") -> None:
-        """`part` of the cell is done, 0 to 1. Raises `Stopped` if it should stop and has not said how (`on_stop`)."""
+        """Report that `part` of the cell is done, 0 to 1.
+
+        Raises `Stopped` if the cell was asked to stop, unless the cell handles that itself (`on_stop`).
+        """
         if self.stopping and self._on_stop is None:
             raise Stopped
 
     def on_stop(self, function: Callable[[], None]) -> None:
-        """Call `function` when the cell is asked to stop: it then ends soon, and keeps what it did."""
+        """Call `function` when the cell is asked to stop. The cell then ends soon and keeps its work."""
         self._on_stop = function
 
     def stop(self) -> None:
+        """Ask the cell to stop."""
         self.stopping = True
         if self._on_stop is not None:
             self._on_stop()
 
 
-Value = str | int | float | Mean | None
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Rows of names and numbers; a `Mean` is shown with its interval, None as a dash."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[Sequence[Value]]
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A curve, with an interval at each point if there were several seeds."""
-
-    label: str
-    x: list[float]
-    y: list[Mean]
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One picture of several lines."""
-
-    x: str
-    y: str
-    lines: tuple[Line, ...]
-    log_x: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """What a study says."""
-
-    tables: tuple[Table, ...]
-    panels: tuple[Panel, ...]
-    notes: tuple[str, ...] = field(default=())  # sentences that a reader of the tables needs
-
-
 class Study(Settings):
-    """Settings of a study, changed by `study.key=value`; its methods are the study."""
+    """The settings of a study, changed by `study.key=value`. Its methods say what is measured and what it shows."""
 
     title: ClassVar[str]
     question: ClassVar[str]
 
     seeds: int = Field(5, ge=1, description="Seeds per arm: 0, 1, ...")
-    jobs: int = Field(1, ge=1, description="Cells measured at the same time; more than one makes seconds unreliable.")
+    jobs: int = Field(
+        1, ge=1, description="Cells measured at the same time. With more than one, measured seconds are unreliable."
+    )
 
     def quick(self) -> Self:
-        """A version that takes minutes: it shows how the study works, and no more."""
+        """A version that takes minutes. It shows how the study works; its numbers mean little."""
         return self.model_copy(update={"seeds": 2})
 
     def quick_config(self) -> Sequence[str]:
-        """What the quick version changes in the configuration."""
+        """The changes that the quick version makes to the configuration."""
         return ()
 
     def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
-        """Name -> what it changes in the configuration; the first is the baseline."""
+        """Name of each arm -> what it changes in the configuration. The first arm is the baseline."""
         raise NotImplementedError
 
-    def cells(self, config: Config, done: Results) -> list[Cell]:
-        """All cells that can be named so far; asked again when these are done, until there are no new ones.
+    def stages(self, config: Config, done: Results) -> Iterator[list[Cell]]:
+        """The cells of each stage. The next stage is asked for when all cells so far are in `done`.
 
-        By default a starting model per seed, and then every arm with every seed.
+        By default the first stage makes a starting model per seed. The second measures every arm with every seed.
         """
-        first = starting_cells(config, range(self.seeds))
-        if not all(cell in done for cell in first):
-            return first
-        return first + [
+        yield starting_cells(config, range(self.seeds))
+        yield self.main_cells(config, done)
+
+    def main_cells(self, config: Config, done: Results) -> list[Cell]:
+        """Every arm with every seed, from the starting model of the seed."""
+        return [
             Cell(arm, seed, (*from_start(config, seed, done), *overrides))
             for seed in range(self.seeds)
             for arm, overrides in self.arms(config).items()
         ]
 
-    def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
-        """Measure a cell, in a process of its own; None: it was asked to stop, and will go on in the same folder.
+    def cells(self, config: Config, done: Results) -> list[Cell]:
+        """All cells that are known so far: those of the finished stages and those of the next one."""
+        found: list[Cell] = []
+        for stage in self.stages(config, done):
+            found += stage
+            if not all(cell in done for cell in stage):
+                break
+        return found
 
-        `config` has the cell's overrides and its seed.
+    def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
+        """Measure a cell. None: it was asked to stop, and can continue later in the same `folder`.
+
+        `config` has the overrides of the cell and its seed.
         """
+        if cell.stage == START:
+            return starting_model(config, folder, watch)
+        return self.measure_arm(config, cell, folder, watch)
+
+    def measure_arm(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
+        """Measure a cell that makes no starting model; as `measure`."""
         raise NotImplementedError
 
     def findings(self, config: Config, done: Results) -> Findings:
-        """What all cells together say."""
+        """What the results of all cells show."""
         raise NotImplementedError
 
 
 def starting_cells(config: Config, seeds: Sequence[int]) -> list[Cell]:
-    """Cells that make the model that every arm of a seed starts from; none if the configuration names a model."""
+    """A cell per seed that makes the model from which all arms start. No cells if the configuration names a model."""
     return [] if config.model.create is None else [Cell("model", seed, stage=START) for seed in seeds]
 
 
@@ -182,14 +166,26 @@ def from_start(config: Config, seed: int, done: Results) -> tuple[str, ...]:
     return (f"model={json.dumps(model)}", "warmup=null")
 
 
+def sample_trees(
+    actor: Actor, config: Config, problems: Mapping[str, Problem], on_progress: Callable[[int, int], None]
+) -> list[ScoredTree]:
+    """A scored tree per problem, with the sampler and the seed of `config`.
+
+    The key of a problem must be unique in the study: it decides the random numbers. `on_progress(trees done, of how
+    many)` is called after every tree.
+    """
+    sampler = actor.sampler(config.sampler)
+    return actor.sample(list(problems.items()), sampler, config.seed, on_progress=on_progress).trees
+
+
 def of_cell(config: Config, cell: Cell) -> Config:
     """The configuration of a cell."""
     return changed(config, [*cell.overrides, f"seed={cell.seed}"])
 
 
-def by_arm(done: Results, stage: str = "main") -> dict[str, dict[int, Result]]:
-    """The results of a stage: arm -> seed -> result, arms in the order of the cells."""
-    found: dict[str, dict[int, Result]] = {}
+def by_arm(done: Results, stage: str = MAIN) -> Arms:
+    """The results of a stage: arm -> seed -> result. Arms are in the order of the cells."""
+    found: Arms = {}
     for cell, result in done.items():
         if cell.stage == stage:
             found.setdefault(cell.arm, {})[cell.seed] = result

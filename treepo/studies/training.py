@@ -13,30 +13,19 @@ import numpy as np
 from pydantic import Field
 
 from treepo.errors import ConfigError
+from treepo.run.build import training
 from treepo.run.config import Config, changed
-from treepo.run.folder import Metrics, read_metrics
-from treepo.run.trainer import Observer, Trainer
+from treepo.run.folder import read_metrics
+from treepo.run.metrics import Metrics
+from treepo.run.trainer import Observer
+from treepo.studies.findings import Arms, Curve, Findings, Plot, Result, ResultTable, Value, mean_rows
 from treepo.studies.statistics import Mean, at, band, paired
-from treepo.studies.study import (
-    START,
-    Cell,
-    Findings,
-    Line,
-    Panel,
-    Result,
-    Results,
-    Study,
-    Table,
-    Value,
-    Watch,
-    by_arm,
-    starting_model,
-)
+from treepo.studies.study import Cell, Results, Study, Watch, by_arm
 
-SCORE = "pass_at_1"  # what arms are compared by: held-out, sampled
+SCORE = "pass_at_1"  # arms are compared by their sampled accuracy on held-out problems
 
 
-class Training(Study):
+class TrainingStudy(Study):
     """A study whose arms are trained."""
 
     def quick_config(self) -> Sequence[str]:
@@ -47,20 +36,18 @@ class Training(Study):
             raise ConfigError("trainer.eval_every=0: a study that trains compares held-out evaluations: set it above 0")
         return super().cells(config, done)
 
-    def measure(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
-        if cell.stage == START:
-            return starting_model(config, folder, watch)
+    def measure_arm(self, config: Config, cell: Cell, folder: Path, watch: Watch) -> Result | None:
         return train(config, folder / "run", watch)
 
     def findings(self, config: Config, done: Results) -> Findings:
         arms = by_arm(done)
-        return Findings(tables=(score_table(arms), cost_table(arms)), panels=curves(arms))
+        return Findings((score_table(arms), cost_table(arms)), learning_curves(arms))
 
 
 def train(config: Config, folder: Path, watch: Watch) -> Result | None:
-    """Run `config` in `folder`, or go on there; None if it was asked to stop. Only its metrics are kept at the end."""
+    """Run `config` in `folder`, or continue there. None if it was asked to stop. At the end only metrics are kept."""
     run = changed(config, [f"out={folder}"])
-    with Trainer(run, resume=(folder / "config.yaml").exists(), observer=_Reporting(watch, run)) as trainer:
+    with training(run, resume=(folder / "config.yaml").exists(), observer=_StepNotes(watch, run)) as trainer:
         watch.on_stop(trainer.stop)
         if watch.stopping:
             trainer.stop()
@@ -72,46 +59,55 @@ def train(config: Config, folder: Path, watch: Watch) -> Result | None:
     return found
 
 
-class _Reporting(Observer):
+class _StepNotes(Observer):
+    """Reports every training step as progress of the cell."""
+
     def __init__(self, watch: Watch, config: Config) -> None:
         self._watch, self._steps = watch, config.trainer.steps
 
     def stepped(self, metrics: Metrics) -> None:
-        reward = metrics["reward"]
-        note = f"step {metrics['step']}/{self._steps}" + ("" if reward is None else f", reward {reward:.2f}")
-        self._watch.progress(metrics["step"] / self._steps, note)
+        step, reward = metrics["step"], metrics["reward/mean"]
+        note = f"step {step}/{self._steps}" + ("" if reward is None else f", reward {reward:.2f}")
+        self._watch.progress(step / self._steps, note)
 
 
 def summary(metrics: Sequence[Metrics]) -> Result:
     """What is kept of a run: its held-out curve over steps, tokens and seconds, and means over its steps."""
-    steps = [m for m in metrics if "tokens_generated" in m]
+    steps = [m for m in metrics if "tokens/generated" in m]
     tokens, seconds = {0: 0}, {0: 0.0}
     for m in steps:
-        tokens[m["step"]] = tokens[m["step"] - 1] + m["tokens_generated"]
-        seconds[m["step"]] = seconds[m["step"] - 1] + m["seconds"]["step"]
-    curve: list[dict[str, Any]] = [
-        {"step": m["step"], "tokens": tokens[m["step"]], "seconds": seconds[m["step"]]}
-        | {name: m["evaluation"][name]["mean"] for name in ("pass_at_1", "greedy", "pass_at_k", "maj_at_k")}
-        | {"response_tokens": m["evaluation"]["response_tokens"]}
+        tokens[m["step"]] = tokens[m["step"] - 1] + m["tokens/generated"]
+        seconds[m["step"]] = seconds[m["step"] - 1] + m["seconds/step"]
+    curve = [
+        {"step": m["step"], "tokens": tokens[m["step"]], "seconds": seconds[m["step"]]} | held_out(m)
         for m in metrics
-        if "evaluation" in m
+        if "eval/samples" in m
     ]
     return {
         "curve": curve,
         "tokens": tokens[steps[-1]["step"]],
         "seconds": seconds[steps[-1]["step"]],
-        "sharing": float(np.mean([m["sharing"] for m in steps])),
-        "queries_used": sum(m["queries_used"] for m in steps) / sum(m["queries_sampled"] for m in steps),
-        "response_tokens": float(np.mean([m["response_tokens"] for m in steps])),
-        "surprisal": [m["surprisal"] for m in steps],
-        "reward": [m["reward"] for m in steps],
+        "sharing": float(np.mean([m["tokens/sharing"] for m in steps])),
+        "prompts_used": sum(m["prompts/used"] for m in steps) / sum(m["prompts/sampled"] for m in steps),
+        "response_tokens": float(np.mean([m["response_tokens/mean"] for m in steps])),
+        "entropy": [m["entropy/sampled"] for m in steps],
+        "reward": [m["reward/mean"] for m in steps],
     }
 
 
-# What the runs say ------------------------------------------------------------------------------------------------
+def held_out(metrics: Metrics) -> dict[str, Any]:
+    """The accuracies and the mean response length of an evaluation's line in `metrics.jsonl`."""
+    k = metrics["eval/samples"]
+    return {
+        "pass_at_1": metrics["eval/sampled/pass@1"],
+        "greedy": metrics["eval/greedy/pass@1"],
+        "pass_at_k": metrics[f"eval/sampled/pass@{k}"],
+        "maj_at_k": metrics[f"eval/sampled/maj@{k}"],
+        "response_tokens": metrics["eval/response_tokens/mean"],
+    }
 
-Arms = dict[str, dict[int, Result]]
-"""Arm -> seed -> summary of its run."""
+
+# Tables and plots of trained arms ---------------------------------------------------------------------------------
 
 
 def points(result: Result, x: str, y: str = SCORE) -> tuple[list[float], list[float]]:
@@ -119,7 +115,7 @@ def points(result: Result, x: str, y: str = SCORE) -> tuple[list[float], list[fl
     return [p[x] for p in result["curve"]], [p[y] for p in result["curve"]]
 
 
-def score_table(arms: Arms) -> Table:
+def score_table(arms: Arms) -> ResultTable:
     """Held-out accuracy at equal steps, equal tokens and equal seconds, each with its difference to the baseline."""
     scores: dict[str, Callable[[Result], float]] = {"end": lambda r: r["curve"][-1][SCORE]}
     for x in ("tokens", "seconds"):
@@ -135,47 +131,44 @@ def score_table(arms: Arms) -> Table:
             row += [Mean.of(list(found.values())), None if arm == baseline else paired(found, theirs)]
         rows.append(row)
     columns = [part for name in scores for part in (f"at {name}" if name != "end" else "at the end", "difference")]
-    return Table("held-out sampled pass@1", ("arm", *columns), rows)
+    return ResultTable("held-out sampled pass@1", ("arm", *columns), rows)
 
 
 def _score_at(x: str, where: float, result: Result) -> float:
     return at(*points(result, x), where)
 
 
-def cost_table(arms: Arms) -> Table:
-    """What the runs took, and how they sampled."""
+def cost_table(arms: Arms) -> ResultTable:
+    """Tokens and seconds of the runs, and what they sampled."""
     columns: dict[str, Callable[[Result], float]] = {
         "tokens, k": lambda r: r["tokens"] / 1000,
         "seconds": lambda r: r["seconds"],
         "sharing": lambda r: r["sharing"],
-        "queries with spread": lambda r: r["queries_used"],
+        "prompts with spread": lambda r: r["prompts_used"],
         "response tokens": lambda r: r["response_tokens"],
         "greedy": lambda r: r["curve"][-1]["greedy"],
         "pass@k": lambda r: r["curve"][-1]["pass_at_k"],
         "maj@k": lambda r: r["curve"][-1]["maj_at_k"],
     }
-    rows: list[list[Value]] = [
-        [arm, *(Mean.of([read(r) for r in runs.values()]) for read in columns.values())] for arm, runs in arms.items()
-    ]
-    return Table("what it took", ("arm", *columns), rows)
+    return ResultTable("cost of the runs", ("arm", *columns), mean_rows(arms, list(columns.values())))
 
 
-def curves(arms: Arms) -> tuple[Panel, ...]:
+def learning_curves(arms: Arms) -> tuple[Plot, ...]:
     """Accuracy over generated tokens, steps and seconds."""
     names = {"tokens": "generated tokens", "step": "steps", "seconds": "seconds in steps"}
     return tuple(
-        Panel(
+        Plot(
             name,
             "held-out sampled pass@1",
-            tuple(_line(arm, [points(r, x) for r in runs.values()]) for arm, runs in arms.items()),
+            tuple(_curve(arm, [points(r, x) for r in runs.values()]) for arm, runs in arms.items()),
         )
         for x, name in names.items()
     )
 
 
-def _line(label: str, found: Sequence[tuple[list[float], list[float]]]) -> Line:
+def _curve(label: str, found: Sequence[tuple[list[float], list[float]]]) -> Curve:
     grid, means = band(found)
-    return Line(label, grid.tolist(), means)
+    return Curve(label, grid.tolist(), means)
 
 
 def _short(number: float) -> str:
@@ -185,14 +178,16 @@ def _short(number: float) -> str:
 # The paper's ablations --------------------------------------------------------------------------------------------
 
 
-class Segment(Training):
-    """Segments of several lengths, at one response budget: many short ones or few long ones."""
+class SegmentStudy(TrainingStudy):
+    """Trains with several segment lengths at the same response budget: many short segments or few long ones."""
 
     title: ClassVar[str] = "Segment length"
     question: ClassVar[str] = "How long should a segment be, at one response budget? (arXiv 2508.17445, section 4.4)"
 
     segment_tokens: list[int] = Field(
-        [], description="Lengths that divide the response budget; default: half, one, two and four times the given one."
+        [],
+        description="Segment lengths that divide the response budget. Default: half, one, two and four times the "
+        "configuration's length.",
     )
 
     def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
@@ -207,11 +202,11 @@ class Segment(Training):
         }
 
 
-class Branching(Training):
-    """Ways to give out a level's budget of children, and places to fork."""
+class BranchingStudy(TrainingStudy):
+    """Trains with several rules for which paths fork, and at which levels."""
 
     title: ClassVar[str] = "Branching"
-    question: ClassVar[str] = "Which paths should fork, and where on the way? (arXiv 2508.17445, section 4.4)"
+    question: ClassVar[str] = "Which paths should fork, and at which levels? (arXiv 2508.17445, section 4.4)"
 
     def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
         budget = "sampler.branching={{divergence: 2, first_divergence: 2, {}}}"
@@ -228,14 +223,17 @@ class Branching(Training):
         return {name: (override,) for name, override in arms.items()}
 
 
-class Fallback(Training):
-    """Places where a tree that has run dry grows again."""
+class FallbackStudy(TrainingStudy):
+    """Trains with several fallbacks: where a tree continues when all paths have ended and leaves are still missing."""
 
     title: ClassVar[str] = "Fallback"
-    question: ClassVar[str] = "Where should a tree that has run dry grow again? (arXiv 2508.17445, section 4.4)"
+    question: ClassVar[str] = (
+        "Where should a tree continue when all its paths have ended and leaves are still missing? "
+        "(arXiv 2508.17445, section 4.4)"
+    )
 
     def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
-        # Misaligned: a window that is no multiple of the segment, nor the other way round.
+        # The window is no multiple of a segment, and a segment is no multiple of the window.
         window = config.sampler.segment_tokens // 2 + 1
         arms = {
             "segment": "{kind: segment}",
@@ -250,11 +248,13 @@ class Fallback(Training):
         return {name: (f"sampler.fallback={value}",) for name, value in arms.items()}
 
 
-class Advantage(Training):
-    """Ways to give credit, on the same trees."""
+class AdvantageStudy(TrainingStudy):
+    """Trains with several advantage estimators on trees of the same shape."""
 
     title: ClassVar[str] = "Advantage"
-    question: ClassVar[str] = "Which advantage learns best on the same trees? (arXiv 2508.17445, section 4.4)"
+    question: ClassVar[str] = (
+        "Which advantage estimator learns best on trees of the same shape? (arXiv 2508.17445, section 4.4)"
+    )
 
     def arms(self, config: Config) -> dict[str, tuple[str, ...]]:
         kinds = {
@@ -270,11 +270,11 @@ class Advantage(Training):
         return {name: (f"advantage={value}",) for name, value in kinds.items()}
 
 
-class Divergence(Training):
-    """Numbers of first forks."""
+class DivergenceStudy(TrainingStudy):
+    """Trains with several numbers of children of the root."""
 
     title: ClassVar[str] = "First divergence"
-    question: ClassVar[str] = "How wide should a tree open at its root? (arXiv 2508.17445, section 4.2)"
+    question: ClassVar[str] = "How many children should the root of a tree have? (arXiv 2508.17445, section 4.2)"
 
     first: list[int | tuple[int, int]] = Field(
         [2, 4, 8, (2, 8)],
