@@ -15,11 +15,11 @@ from tests.support.small_runs import save_model, small_config, write_config
 from treepo.engines import Sampling
 from treepo.engines.local.engine import LocalEngine
 from treepo.engines.remote.protocols import (
-    DIALECTS,
-    Ask,
+    WIRE_PROTOCOLS,
+    SegmentRequest,
     CollectiveRPC,
     FromDisk,
-    Reply,
+    SegmentReply,
     checked,
     recognised,
     update_of,
@@ -115,12 +115,12 @@ def shaken(model, by=0.3):
 # What is sampled ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dialect", ["auto", *DIALECTS])
+@pytest.mark.parametrize("dialect", ["auto", *WIRE_PROTOCOLS])
 def test_trees_from_a_server_have_the_log_probs_of_the_model(served, policy, tmp_path, dialect):
     engine = engine_of(policy, tmp_path, served, dialect=dialect)
     trees = run(engine, grow(engine, sampling=Sampling(temperature=0.7)))
     assert intact(trees) and max(worst_error(policy, tree, 0.7) for tree in trees) < 1e-4
-    assert {served.asked[-1][0]} == {DIALECTS["vllm" if dialect == "auto" else dialect].path}
+    assert {served.asked[-1][0]} == {WIRE_PROTOCOLS["vllm" if dialect == "auto" else dialect].path}
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "completions"])
@@ -137,7 +137,7 @@ def test_the_same_seeds_draw_the_same_trees_from_a_server_as_in_this_process(ser
             assert x.logprobs == pytest.approx(y.logprobs, abs=1e-4)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", WIRE_PROTOCOLS)
 def test_a_stop_id_is_the_last_token_of_its_segment_and_nothing_else_ends_one(served, policy, tmp_path, dialect):
     engine = engine_of(policy, tmp_path, served, dialect=dialect)
     stops = set(range(20, 40))
@@ -227,18 +227,18 @@ def test_a_server_of_another_kind_is_refused(folder, policy, tmp_path):
             run(engine, engine.start)
 
 
-ASK = Ask([1, 2], 3, 7, Sampling(), {9})
+ASK = SegmentRequest([1, 2], 3, 7, Sampling(), {9})
 
 
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        (Reply([], [], "stop"), "0 tokens where 1 to 3"),
-        (Reply([1, 2, 3, 4], [-1.0] * 4, "length"), "4 tokens where 1 to 3"),
-        (Reply([1, 2], [-1.0], "length"), "2 tokens with 1 log-probs"),
-        (Reply([1, 2], [-1.0, -9999.0], "length"), r"sent -9999\.0 as log-prob of token 2"),
-        (Reply([1, 2], [-1.0, float("nan")], "length"), "sent nan as log-prob"),
-        (Reply([1, 2], [-1.0, -1.0], "abort"), "gave the request up"),
+        (SegmentReply([], [], "stop"), "0 tokens where 1 to 3"),
+        (SegmentReply([1, 2, 3, 4], [-1.0] * 4, "length"), "4 tokens where 1 to 3"),
+        (SegmentReply([1, 2], [-1.0], "length"), "2 tokens with 1 log-probs"),
+        (SegmentReply([1, 2], [-1.0, -9999.0], "length"), r"sent -9999\.0 as log-prob of token 2"),
+        (SegmentReply([1, 2], [-1.0, float("nan")], "length"), "sent nan as log-prob"),
+        (SegmentReply([1, 2], [-1.0, -1.0], "abort"), "gave the request up"),
     ],
 )
 def test_a_reply_that_is_no_segment_is_refused(reply, message):
@@ -247,15 +247,15 @@ def test_a_reply_that_is_no_segment_is_refused(reply, message):
 
 
 def test_what_a_server_sends_after_a_stop_id_is_cut_off():
-    assert checked(ASK, Reply([1, 9, 3], [-1.0, -2.0, -3.0], "length")) == ([1, 9], [-1.0, -2.0])
+    assert checked(ASK, SegmentReply([1, 9, 3], [-1.0, -2.0, -3.0], "length")) == ([1, 9], [-1.0, -2.0])
 
 
 def test_sglangs_tokens_are_those_with_log_probs_and_its_seeds_have_31_bits():
-    dialect = DIALECTS["sglang"]
+    dialect = WIRE_PROTOCOLS["sglang"]
     meta = {"finish_reason": {"type": "stop", "matched": 9}, "weight_version": "w"}
     reply = {"output_ids": [1], "meta_info": {**meta, "output_token_logprobs": [[-1.0, 1, None], [-2.0, 9, None]]}}
-    assert dialect.read(reply) == Reply([1, 9], [-1.0, -2.0], "stop", "w")
-    body = dialect.body("m", Ask([1, 2], 3, (1 << 62) + 5, Sampling(), {9}))
+    assert dialect.read(reply) == SegmentReply([1, 9], [-1.0, -2.0], "stop", "w")
+    body = dialect.body("m", SegmentRequest([1, 2], 3, (1 << 62) + 5, Sampling(), {9}))
     assert body["sampling_params"]["sampling_seed"] == 5 and body["sampling_params"]["ignore_eos"] is False
 
 

@@ -58,7 +58,7 @@ def test_sglang_samples_what_the_model_would(url: str, folder: Path, tmp_path: P
     policy = causal_lm.load(str(folder))
     engine = engine_of(policy, tmp_path, url, timeout_s=200)
     trees = run(engine, grow(engine, sampling=Sampling(temperature=temperature)))
-    dialect = engine._replicas[0].dialect
+    dialect = engine._replicas[0].protocol
     assert dialect is not None and dialect.name == "sglang", "it has /v1/completions, too"
     assert intact(trees) and max(worst_error(policy, tree, temperature) for tree in trees) < 1e-4
 

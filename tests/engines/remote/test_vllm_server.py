@@ -69,7 +69,7 @@ def test_vllm_samples_what_the_model_would(url: str, folder: Path, tmp_path: Pat
     sampling = Sampling(temperature=0.7)
     engine = engine_of(policy, tmp_path, url, dialect=dialect, timeout_s=200)
     once, again = run(engine, grow(engine, sampling=sampling), grow(engine, sampling=sampling))
-    assert engine._replicas[0].dialect is not None and engine._replicas[0].dialect.name == expected
+    assert engine._replicas[0].protocol is not None and engine._replicas[0].protocol.name == expected
     assert max(worst_error(policy, tree, 0.7) for tree in once) < 1e-4
     assert [[n.tokens for n in tree.nodes] for tree in once] == [[n.tokens for n in tree.nodes] for tree in again]
 
