@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.engines.remote.test_engine import grow, intact, run, shaken, worst_error
+from tests.support.engine_trees import follows_updates, grow, intact, run, shaken, worst_error
 from tests.support.real_servers import running, save_servable
 from tests.support.servers import engine_of
 from tests.support.small_runs import small_config
@@ -99,12 +99,7 @@ def test_sglang_loads_new_weights(url: str, folder: Path, tmp_path: Path) -> Non
     engine = engine_of(policy, tmp_path, url, timeout_s=200)
 
     async def steps() -> None:
-        for version in (1, 2):
-            shaken(policy)
-            await engine.load_weights(version)
-            trees = await grow(engine)()
-            assert max(worst_error(policy, tree) for tree in trees) < 1e-4
-            assert {node.version for tree in trees for node in tree.nodes[1:]} == {version}
+        await follows_updates(engine, policy, lambda _: shaken(policy))
         policy.load_state_dict(causal_lm.load(str(folder)).state_dict())
         await engine.load_weights(3)
 
