@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.support.adapters import logits_of
@@ -85,11 +85,21 @@ def test_a_run_trains_the_adapter_and_nothing_else(undisturbed: Trainer) -> None
     assert all(m["grad_norm"] > 0 for m in steps) and steps[-1]["reference_kl"] > 1e-4
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_as_if_nothing_had_been(undisturbed: Trainer, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_and_resumed_ends_as_an_undisturbed_one(undisturbed: Trainer, tmp_path: Path) -> None:
     trained(tmp_path, *BUSY, stop=2)
-    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000002"
+    assert checkpoint.is_dir()
+    (tmp_path / "mutant").mkdir()
+    shutil.copytree(tmp_path / "run", tmp_path / "mutant" / "run")
     trained(tmp_path, *BUSY, resume=True)
     assert files(tmp_path / "run") == files(undisturbed.folder.path)
+    # A mutant: the optimizer's moments are lost.
+    moments = tmp_path / "mutant" / "run" / "checkpoints" / "step-000002" / "optimizer.safetensors"
+    kept = load_file(moments)
+    save_file({name: value if value.dim() == 0 else torch.zeros_like(value) for name, value in kept.items()}, moments)
+    trained(tmp_path / "mutant", *BUSY, resume=True)
+    last = "checkpoints/step-000004/" + lora.WEIGHTS
+    assert files(tmp_path / "mutant" / "run")[last] != files(undisturbed.folder.path)[last]
 
 
 def test_the_penalty_compares_with_the_model_without_its_adapter(undisturbed: Trainer) -> None:
