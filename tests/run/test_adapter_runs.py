@@ -1,4 +1,4 @@
-"""Runs that train an adapter: nothing else changes, they resume bit for bit, and others read what they leave."""
+"""Runs that train an adapter: nothing else changes, they resume bit for bit, and their folders can be used again."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from treepo.serve.schemas import Server
 GENERATE = "/inference/v1/generate"
 
 Intercept = Callable[[str, int], "Response | float | None"]
-"""(path, how many requests there were for it) -> a reply in place of the server's, seconds to wait, or None."""
+"""(path, number of this request for it, from 1) -> a reply in place of the server's, seconds to wait, or None."""
 
 
 class Served:
@@ -120,7 +120,7 @@ class Served:
 
 @contextmanager
 def subprocess_serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`treepo serve` as users run it, and its address."""
+    """`treepo serve` as users start it: the process and its address."""
     code = "from treepo.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", folder, "--port", "0", "--threads", "1", *options],

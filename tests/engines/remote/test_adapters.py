@@ -1,4 +1,4 @@
-"""Servers and adapters: they are sent the adapter alone, and no server decodes with another one."""
+"""Adapters on servers: only the adapter is sent, and no server decodes with another one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def policy(folder: Path) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("dialect", ["auto", "completions", "sglang"])
-def test_servers_are_sent_the_adapter_alone_and_decode_with_it(
+def test_servers_get_only_the_adapter_and_decode_with_it(
     folder: Path, policy: PreTrainedModel, tmp_path: Path, dialect: str
 ) -> None:
     with Served(folder) as one, Served(folder) as two:
@@ -108,7 +108,7 @@ def test_a_server_that_forgets_the_adapter_gets_it_again(
 ) -> None:
     def restart(path: str, count: int) -> None:
         if path in (GENERATE, "/generate") and count == 12:
-            server.prefixes.adapter = None  # as a process that starts anew
+            server.prefixes.adapter = None  # as if its process had been started anew
             lora.detach(server.model)
 
     with Served(folder, intercept=restart) as server:
@@ -132,9 +132,7 @@ def test_a_fresh_engine_sends_the_adapter_to_a_server_that_has_the_base(
     assert max(worst_error(policy, tree) for tree in trees) < 1e-4
 
 
-def test_of_processes_that_share_a_server_the_others_only_name_the_adapter(
-    folder: Path, policy: PreTrainedModel, tmp_path: Path
-) -> None:
+def test_of_several_processes_only_one_sends_the_adapter(folder: Path, policy: PreTrainedModel, tmp_path: Path) -> None:
     with Served(folder) as server:
         first, second = engine_of(policy, tmp_path, server), engine_of(policy, tmp_path, server, sends=False)
 

@@ -1,4 +1,4 @@
-"""Servers that fail: requests are sent again, trees move, and an error says what to do."""
+"""Servers that fail: requests are sent again, trees move to other servers, and an error tells what to do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_request_that_always_fails_costs_its_leaf_and_not_the_server(folder, p
     assert {tree.nodes[leaf].stop for leaf in tree.leaves()} == {Stop.ERROR}
 
 
-def test_a_request_that_takes_too_long_is_given_up_with_advice(folder, policy, tmp_path):
+def test_a_request_that_takes_too_long_fails_with_advice(folder, policy, tmp_path):
     # The server answers everything else at once. It never answers this request, so the test lasts `timeout_s`.
     with Served(folder, intercept=lambda path, n: 600.0 if path == GENERATE and n > 1 else None) as server:
         engine = engine_of(policy, tmp_path, server, timeout_s=2.0)
@@ -52,7 +52,7 @@ def test_a_request_that_takes_too_long_is_given_up_with_advice(folder, policy, t
             run(engine, ask)
 
 
-def test_a_wrong_or_missing_api_key_is_said_at_once(folder, policy, tmp_path, monkeypatch):
+def test_a_wrong_or_missing_api_key_is_reported_at_once(folder, policy, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_KEY", "right")
     monkeypatch.setenv("TEST_WRONG", "wrong")
     with Served(folder, api_key="right") as server:

@@ -1,4 +1,4 @@
-"""Wire protocols: which one a server has, what a request says, which replies are refused."""
+"""Wire protocols: which one a server has, what a request contains, which replies are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ASK = SegmentRequest([1, 2], 3, 7, Sampling(), {9})
         ({"/api/chat"}, None, None),
     ],
 )
-def test_a_server_is_known_by_its_paths(paths, dialect, update):
+def test_a_server_is_recognised_by_its_paths(paths, dialect, update):
     found = recognised(paths)
     assert (found and found.name) == dialect
     assert type(update_of(paths)) is (update or type(None))
@@ -50,7 +50,7 @@ def test_a_server_is_known_by_its_paths(paths, dialect, update):
     ("hidden", "path"),
     [(set(), "/generate"), ({OLD}, "/generate"), ({NEW}, "/generate"), ({OLD, NEW}, "/v1/completions")],
 )
-def test_a_server_that_hides_its_description_is_known_by_what_it_answers(folder, policy, tmp_path, hidden, path):
+def test_a_server_without_a_description_is_recognised_by_its_answers(folder, policy, tmp_path, hidden, path):
     missing = Response(status_code=404)
     with Served(folder, intercept=lambda p, _: missing if p in hidden | {"/openapi.json"} else None) as server:
         engine = engine_of(policy, tmp_path, server)
@@ -81,12 +81,12 @@ def test_a_server_of_another_kind_is_refused(folder, policy, tmp_path):
         (SegmentReply([1, 2], [-1.0, -1.0], "abort"), "gave the request up"),
     ],
 )
-def test_a_reply_that_is_no_segment_is_refused(reply, message):
+def test_a_reply_that_does_not_fit_its_request_is_refused(reply, message):
     with pytest.raises(EngineError, match=message):
         checked(ASK, reply)
 
 
-def test_what_a_server_sends_after_a_stop_id_is_cut_off():
+def test_tokens_after_a_stop_id_are_dropped():
     assert checked(ASK, SegmentReply([1, 9, 3], [-1.0, -2.0, -3.0], "length")) == ([1, 9], [-1.0, -2.0])
 
 
@@ -99,7 +99,7 @@ def test_sglangs_tokens_are_those_with_log_probs_and_its_seeds_have_31_bits():
     assert body["sampling_params"]["sampling_seed"] == 5 and body["sampling_params"]["ignore_eos"] is False
 
 
-def test_every_request_says_all_of_its_distribution_and_its_own_seed(served, policy, tmp_path):
+def test_every_request_names_its_whole_distribution_and_its_own_seed(served, policy, tmp_path):
     engine = engine_of(policy, tmp_path, served)
     begin = len(served.asked)
     run(engine, grow(engine, sampling=Sampling(temperature=0.5, top_k=7)))

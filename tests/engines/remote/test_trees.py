@@ -1,4 +1,4 @@
-"""Trees from servers are what the model would sample, and each tree stays at one server."""
+"""Trees from servers have the log-probs of the model, and each tree stays at one server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_stop_id_is_the_last_token_of_its_segment_and_nothing_else_ends_one(se
     assert {len(segment.tokens) < 12 for segment in segments} == {True, False}
 
 
-def test_a_greedy_segment_is_drawn_from_point_masses(served, policy, tmp_path):
+def test_a_greedy_segment_has_log_probs_of_zero(served, policy, tmp_path):
     engine = engine_of(policy, tmp_path, served)
 
     async def ask():

@@ -1,4 +1,4 @@
-"""A server decodes with the right weights before it gets a tree, whatever has happened to it."""
+"""No server gets a tree before it decodes with the right weights, even after a failure or a restart."""
 
 from __future__ import annotations
 
@@ -158,16 +158,16 @@ def test_two_runs_that_send_weights_to_one_server_come_to_an_end(folder, policy,
             return trees
 
         for model, trees in zip((policy, other), run(engines[0], fight), strict=True):
-            assert max(worst_error(model, tree) for tree in trees) < 1e-4, "what comes back is from the right weights"
+            assert max(worst_error(model, tree) for tree in trees) < 1e-4, "every segment is from the right weights"
 
 
-def test_after_a_broken_connection_a_server_must_show_its_weights_again(folder, policy, tmp_path):
+def test_after_a_broken_connection_the_weights_of_a_server_are_checked_again(folder, policy, tmp_path):
     old = causal_lm.load(str(folder)).state_dict()
 
     def restart(path, count):
         if path != GENERATE or count != 12:
             return None
-        server.model.load_state_dict(old)  # as a process that starts anew
+        server.model.load_state_dict(old)  # as if its process had been started anew
         return Cut()
 
     with Served(folder, intercept=restart) as server:

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class VLLMStats:
-    """Counts of what vLLM was asked for; whoever sets a new object begins at zero."""
+    """Counts of what vLLM was asked for; a new object starts at zero."""
 
     requests: int = 0
     prefix_tokens: int = 0  # of all requests
