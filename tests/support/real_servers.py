@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -37,11 +37,13 @@ def running(command: Sequence[str | Path], environment: Mapping[str, str]) -> It
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 280
         while not _well(url):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode} before it served"
+            assert time.monotonic() < deadline, "the server does not become well"
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:  # it hangs on its way out, which is no failure of ours
