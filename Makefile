@@ -61,7 +61,7 @@ venv-vllm: $(VLLM_READY)  ## set up vLLM for CPUs in .venv-vllm (3.5 GB, about 5
 
 test-vllm: $(VLLM_READY)  ## the tests that need vLLM (about 7 minutes)
 	VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 \
-	  $(VLLM_BIN)/python -m pytest -n 0 -m vllm tests/test_vllm.py tests/test_vllm_server.py $(ARGS)
+	  $(VLLM_BIN)/python -m pytest -n 0 -m vllm tests/engines/vllm tests/engines/remote/test_vllm_server.py $(ARGS)
 
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
@@ -74,7 +74,7 @@ $(VLLM_READY): pyproject.toml constraints-vllm.txt
 venv-sglang: $(SGLANG_READY)  ## set up an SGLang server for CPUs in .venv-sglang (3 GB, about 3 minutes)
 
 test-sglang: $(READY) $(SGLANG_READY)  ## the tests that need SGLang (about 3 minutes)
-	$(BIN)/python -m pytest -n 0 -m sglang tests/test_sglang.py $(ARGS)
+	$(BIN)/python -m pytest -n 0 -m sglang tests/engines/remote/test_sglang.py $(ARGS)
 
 # Without its dependencies, of which many are for CUDA alone; those that it needs on a CPU are listed.
 $(SGLANG_READY): requirements-sglang.txt

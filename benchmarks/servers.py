@@ -27,7 +27,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks import report
 from treepo.engines.scripted import ScriptedEngine, random_reply
 from treepo.engines.settings import VLLMSettings
-from treepo.engines.vllm.engine import Stats, VLLMEngine
+from treepo.engines.vllm.engine import VLLMEngine, VLLMStats
 from treepo.models import causal_lm
 from treepo.policies.branching import LevelBudget
 from treepo.policies.stopping import EarlyStop
@@ -99,7 +99,7 @@ def measure(
     found: dict[str, list[dict[str, float]]] = {name: [] for name in shapes}
     for repeat in range(repeats):
         for name, function in shapes.items():
-            engine.stats = Stats()
+            engine.stats = VLLMStats()
             own, others, start = time.process_time(), children(), time.perf_counter()
             unique = function(repeat)
             seconds, own, others = time.perf_counter() - start, time.process_time() - own, children() - others

@@ -73,7 +73,7 @@ def interrupted(folder: Path, number: int, when: Callable[[Path, str], bool]) ->
 
 def reported(run: Path, step: int) -> bool:
     metrics = run / "metrics.jsonl"
-    return metrics.exists() and f'{{"step": {step}, "reward"' in metrics.read_text()
+    return metrics.exists() and f'{{"step": {step}, "reward/mean"' in metrics.read_text()
 
 
 def test_a_run_killed_in_a_step_ends_as_if_nothing_had_been(tmp_path, undisturbed):

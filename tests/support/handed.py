@@ -1,6 +1,6 @@
-"""A transfer of weights that works on CPUs, through vLLM's interface for transfers of others: a file at a time.
+"""A transfer of weights that works on CPUs. It uses vLLM's interface for other people's transfers, and sends one file.
 
-With it, `treepo.engines.vllm.transfer` can be run where CUDA's own transfer cannot. Two processes import this.
+With it, `treepo.engines.vllm.transfer` can be tested without a GPU. Two processes import this module.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, WeightTransfe
 
 
 @dataclass
-class Init(WeightTransferInitInfo):
-    """The worker need not know anything."""
+class HandedInit(WeightTransferInitInfo):
+    """Empty: the worker needs no information."""
 
 
 @dataclass
-class Update(WeightTransferUpdateInfo):
-    """Where some of the weights are."""
+class HandedUpdate(WeightTransferUpdateInfo):
+    """The file with the weights."""
 
     path: str
 
 
-class WorkerSide(WeightTransferEngine[Init, Update]):
-    """Loads what it is handed."""
+class WorkerSide(WeightTransferEngine[HandedInit, HandedUpdate]):
+    """The worker's half: loads the file."""
 
-    init_info_cls, update_info_cls = Init, Update
+    init_info_cls, update_info_cls = HandedInit, HandedUpdate
 
-    def init_transfer_engine(self, init_info: Init) -> None: ...
+    def init_transfer_engine(self, init_info: HandedInit) -> None: ...
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -51,7 +51,7 @@ class WorkerSide(WeightTransferEngine[Init, Update]):
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))  # no accelerator to wait for
 
-    def receive_weights(self, update_info: Update) -> None:
+    def receive_weights(self, update_info: HandedUpdate) -> None:
         self.model.load_weights(load_file(update_info.path).items())
 
     def shutdown(self) -> None: ...
@@ -59,16 +59,16 @@ class WorkerSide(WeightTransferEngine[Init, Update]):
 
 @dataclass
 class Handing(TrainerInitInfo):
-    """How the trainer hands weights over."""
+    """Settings of the trainer's half, and a record of what it did."""
 
     backend: ClassVar[str] = "handed"
     folder: Path
     calls: list[str] = field(default_factory=list)
-    amiss: str = ""  # "lost": they never arrive; "refused": vLLM raises
+    amiss: str = ""  # "lost": the weights never arrive; "refused": vLLM raises
 
 
 class TrainerSide(TrainerWeightTransferEngine[Handing]):
-    """Hands over all that its source yields."""
+    """The trainer's half: writes all tensors of its source to the file."""
 
     init_info_cls = Handing
 
@@ -95,7 +95,7 @@ class TrainerSide(TrainerWeightTransferEngine[Handing]):
 
 
 class Extension:
-    """What `worker_extension_cls` names, so that vLLM's worker imports this module."""
+    """The class for `worker_extension_cls`, which makes vLLM's worker import this module."""
 
 
 WeightTransferEngineFactory.register_engine("handed", WorkerSide)

@@ -1,4 +1,4 @@
-"""Servers of vLLM and SGLang in processes of their own, and a model that both take on a CPU."""
+"""Servers of vLLM and SGLang in processes of their own, and a model that both can serve on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -24,7 +24,7 @@ def save_servable(folder: Path) -> Path:
 
 @contextmanager
 def running(command: Sequence[str | Path], environment: Mapping[str, str]) -> Iterator[str]:
-    """The address of the server that `command`, to which a port is added, starts in this environment and this one."""
+    """Start a server by `command` and a port, with `environment` added to ours; gives its address once it is well."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
@@ -37,14 +37,16 @@ def running(command: Sequence[str | Path], environment: Mapping[str, str]) -> It
     try:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 280
         while not _well(url):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None, f"{command[0]} ended with {process.returncode} before it served"
+            assert time.monotonic() < deadline, "the server does not become well"
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:  # a server that hangs on its way out is not our subject
+        except subprocess.TimeoutExpired:  # it hangs on its way out, which is no failure of ours
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 

@@ -1,8 +1,9 @@
-"""Inference servers on the loopback device: `treepo serve` in a thread of its own, and what may go wrong with one."""
+"""Inference servers on the loopback device: `treepo serve` in a thread of its own, and ways for it to fail."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
@@ -25,8 +26,10 @@ from treepo.serve.app import build_app
 from treepo.serve.prefixes import Prefixes
 from treepo.serve.schemas import Server
 
+GENERATE = "/inference/v1/generate"
+
 Intercept = Callable[[str, int], "Response | float | None"]
-"""(path, how many requests there were for it) -> a reply in place of the server's, seconds to wait, or None."""
+"""(path, number of this request for it, from 1) -> a reply in place of the server's, seconds to wait, or None."""
 
 
 class Served:
@@ -59,7 +62,13 @@ class Served:
         self._socket = socket.create_server(("127.0.0.1", port))
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            self,
+            log_level="critical",
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=3600,  # on a busy machine a test may pause: that must break no connection
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -82,7 +91,16 @@ class Served:
         await self._app(scope, again, send)
 
     def count(self, path: str) -> int:
+        """How many requests there were for `path`, those included that `intercept` answered."""
         return self._counts.get(path, 0)
+
+    def loaded(self, path: str, key: str) -> list[str]:
+        """The value of `key` in the requests for `path`, in order; a request that was sent again counts once.
+
+        So a test says which weights arrived, and in which order, however often a busy machine made us ask.
+        """
+        found = [str(json.loads(body)[key]) for asked, body in self.asked if asked == path]
+        return [value for i, value in enumerate(found) if not i or value != found[i - 1]]
 
     def stop(self) -> None:
         self._server.should_exit = True
@@ -102,7 +120,7 @@ class Served:
 
 @contextmanager
 def subprocess_serving(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`treepo serve` as users run it, and its address."""
+    """`treepo serve` as users start it: the process and its address."""
     code = "from treepo.cli import main; main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, "serve", folder, "--port", "0", "--threads", "1", *options],
@@ -135,7 +153,7 @@ def refusing(status: int, times: int, *paths: str) -> Intercept:
 
 
 def engine_of(model: Any, folder: Path, *servers: Served | str, sends: bool = True, **settings: Any) -> ServerEngine:
-    """The engine that asks `servers`, impatient."""
+    """The engine that asks `servers`; it waits briefly before it asks again, and long for an answer."""
     urls = [server if isinstance(server, str) else server.url for server in servers]
-    quick = {"backoff_s": 0.02, "tolerance": 1e-3, "timeout_s": 20.0} | settings
+    quick = {"backoff_s": 0.02, "tolerance": 1e-3, "timeout_s": 200.0, "connect_s": 100.0} | settings
     return ServerEngine(model, ServerSettings(kind="server", urls=urls, **quick), folder, sends=sends)

@@ -1,4 +1,4 @@
-"""An engine whose replies are a pure function of prefix and seed: for tests, examples and measuring our own code."""
+"""An engine whose segments are a pure function of prefix and seed: for tests, examples and benchmarks of our code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treepo.seeds import generator
 from treepo.tree import Tree
 
 Reply = Callable[[Sequence[int], int, int], Sequence[int]]
-"""(prefix, most tokens, seed) -> tokens; the engine cuts them after the most tokens or the first stop id."""
+"""(prefix, max_tokens, seed) -> tokens; the engine drops those after `max_tokens` and those after a stop id."""
 
 
 def random_reply(vocabulary: int) -> Reply:
@@ -26,10 +26,10 @@ def random_reply(vocabulary: int) -> Reply:
 
 
 class ScriptedEngine:
-    """Answers every request with `reply`; can shuffle the order of replies and fail.
+    """Answers every request with `reply`, and on demand out of order or with failures.
 
-    `shuffle` seeds random delays, so that replies overtake each other. A request fails with probability
-    `failure_rate`, drawn from its seed and the number of the attempt.
+    `shuffle`: the seed of random delays, by which later requests may be answered before earlier ones; None: no delays.
+    `failure_rate`: the probability that a request fails, drawn from its seed and the number of the attempt.
     """
 
     tree_tokens = 1 << 60
@@ -53,7 +53,7 @@ class ScriptedEngine:
         self._attempts: dict[int, int] = {}
 
     async def start(self) -> None:
-        """Nothing has to be reached."""
+        """Does nothing: there is nothing to reach."""
 
     async def open(
         self,
@@ -64,7 +64,7 @@ class ScriptedEngine:
         *,
         entropies: bool = False,
     ) -> ScriptedHandle:
-        """`sampling` is the script's own business and ignored, and nothing needs memory."""
+        """A handle for `tree`; `sampling` and `max_tokens` have no effect."""
         self.open_trees += 1
         return ScriptedHandle(self, tree, frozenset(stop_ids), entropies)
 
@@ -72,7 +72,7 @@ class ScriptedEngine:
         self.version = version
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is nothing to free."""
 
     async def _turn(self, seed: int) -> None:
         for _ in range(self._delays.randrange(8) if self._delays else 1):
@@ -92,7 +92,7 @@ class ScriptedHandle:
         await self.engine._turn(seed)
         tokens = list(self.engine.reply(self.tree.tokens(node), max_tokens, seed))[:max_tokens]
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-        # Any numbers will do that tell segments and places apart and never change.
+        # The numbers differ between segments and positions, and are the same on every call. Nothing else matters.
         numbers = [((seed >> i % 48) & 0xFFF) / 1024 for i in range(end)]
         entropies = [number / 2 for number in numbers] if self.entropies else None
         return Segment(tokens[:end], [-number for number in numbers], self.engine.version, entropies)

@@ -1,7 +1,8 @@
-"""A model's weights in a folder, for engines that read them there."""
+"""The weights of a model in folders, for engines that read them there."""
 
 from __future__ import annotations
 
+import shutil
 import stat
 from pathlib import Path
 
@@ -12,10 +13,36 @@ from treepo.files import whole_folder, writing
 from treepo.models import lora
 
 
-def save(model: PreTrainedModel, folder: Path, version: int, *, untied: bool = False) -> Path:
-    """`model`, or its adapter alone if it has one, as `folder/version-...`; returns that path.
+class WeightSource:
+    """The weights that an engine should decode with: those of `model`, under a version number.
 
-    `untied`: with an output matrix of its own, even if it shares the input's; what the model computes is the same.
+    `write` puts them into `folder`. `writes`: whether this process writes them; of several processes that train one
+    model, one does, and the others leave `path` at None.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: str | Path, *, writes: bool = True) -> None:
+        self.model, self.writes = model, writes
+        self.folder = Path(folder).expanduser().absolute()
+        self.version = 0
+        self.path: Path | None = None  # of the last weights that were written; None: none were
+        self.adapter: str | None = None  # the name of the last adapter; None: whole weights, or nothing was written
+
+    def write(self, *, untied: bool = False) -> None:
+        """Write the weights as they are now, under the present version; see `save`."""
+        self.adapter = lora.name_of(self.model) if lora.adapted(self.model) else None
+        self.path = save(self.model, self.folder, self.version, untied=untied) if self.writes else None
+
+    def drop(self, old: Path | None) -> None:
+        """Delete the folder of weights that nothing reads any more, unless it is the present one."""
+        if old is not None and old != self.path:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def save(model: PreTrainedModel, folder: Path, version: int, *, untied: bool = False) -> Path:
+    """Write `model`, or its adapter alone if it has one, as `folder/version-NNNNNN`; returns that path.
+
+    `untied`: write an output matrix even if the model shares it with the input; the model computes the same. Raises
+    `ConfigError` if the folder cannot be written.
     """
     final = folder / f"version-{version:06d}"
     with (
@@ -31,9 +58,9 @@ def save(model: PreTrainedModel, folder: Path, version: int, *, untied: bool = F
 
 
 def share(folder: Path) -> None:
-    """Let those read the safetensors in `folder` who may read the JSON beside them: servers may be somebody else's.
+    """Give the safetensors in `folder` the file mode of the JSON beside them.
 
-    The library makes them its user's alone.
+    The library lets only the owner read safetensors. A server may run as another user.
     """
     mode = stat.S_IMODE(next(folder.glob("*.json")).stat().st_mode)
     for file in folder.glob("*.safetensors"):

@@ -67,6 +67,7 @@ def load(
     base = lora.base_of(path)
     options = {"dtype": DTYPES[dtype], "use_safetensors": True}
     model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, base or path, **options).to(device)
+    _align(model)
     if base is None:
         return prepare(model)
     if adapter is None:
@@ -247,6 +248,17 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     if not ids:
         raise ConfigError("the tokenizer has no EOS token: set `eos_token` in its tokenizer_config.json")
     return frozenset(ids)
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Copy the weights into memory of torch's own, as those of a new model are.
+
+    Loaded weights may lie in the file's memory, at any multiple of 8 bytes. There a matrix product on a CPU has other
+    last bits than at torch's 64 bytes, so that a resumed run would not be bit-identical.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 def _from_pretrained(loader: Any, path: str, **options: Any) -> Any:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from treepo.distributed import Processes
 from treepo.engines import Engine
 from treepo.engines.local.engine import LocalEngine
-from treepo.engines.settings import LocalSettings, ServerSettings
+from treepo.engines.settings import CustomEngine, LocalSettings, ServerSettings
 from treepo.engines.weight_files import share
 from treepo.errors import ConfigError
 from treepo.files import whole_folder, writing
@@ -152,13 +152,15 @@ def _base(
 
 
 def build_engine(config: Config, model: PreTrainedModel, processes: Processes) -> Engine:
-    """The engine that `config` describes, for `model`. Servers are shared: the main process sends them weights."""
+    """The engine that `config` describes, for `model`. Processes share servers, and the main one sends them weights."""
     settings = config.engine
     if isinstance(settings, LocalSettings):
         return LocalEngine(model, settings)
+    if isinstance(settings, CustomEngine):
+        return settings.build(model)
     folder = settings.weights_dir or Path(config.out) / "weights"
     if isinstance(settings, ServerSettings):
-        from treepo.engines.remote.engine import ServerEngine  # only who asks for it waits for the HTTP client
+        from treepo.engines.remote.engine import ServerEngine  # imports the HTTP client, which takes a while
 
         return ServerEngine(model, settings, folder, sends=processes.main)
     from treepo.engines.vllm.engine import VLLMEngine

@@ -13,15 +13,15 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.engines.remote.test_engine import grow, intact, run, shaken, worst_error
+from tests.support.engine_trees import follows_updates, grow, intact, run, shaken, worst_error
 from tests.support.real_servers import running, save_servable
 from tests.support.servers import engine_of
 from tests.support.small_runs import small_config
 from treepo.engines import Sampling
 from treepo.errors import EngineError
 from treepo.models import causal_lm
+from treepo.run.build import training
 from treepo.run.config import changed
-from treepo.run.trainer import Trainer
 from treepo.tree import ROOT, Tree
 
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -58,7 +58,7 @@ def test_sglang_samples_what_the_model_would(url: str, folder: Path, tmp_path: P
     policy = causal_lm.load(str(folder))
     engine = engine_of(policy, tmp_path, url, timeout_s=200)
     trees = run(engine, grow(engine, sampling=Sampling(temperature=temperature)))
-    dialect = engine._replicas[0].dialect
+    dialect = engine._replicas[0].protocol
     assert dialect is not None and dialect.name == "sglang", "it has /v1/completions, too"
     assert intact(trees) and max(worst_error(policy, tree, temperature) for tree in trees) < 1e-4
 
@@ -99,12 +99,7 @@ def test_sglang_loads_new_weights(url: str, folder: Path, tmp_path: Path) -> Non
     engine = engine_of(policy, tmp_path, url, timeout_s=200)
 
     async def steps() -> None:
-        for version in (1, 2):
-            shaken(policy)
-            await engine.load_weights(version)
-            trees = await grow(engine)()
-            assert max(worst_error(policy, tree) for tree in trees) < 1e-4
-            assert {node.version for tree in trees for node in tree.nodes[1:]} == {version}
+        await follows_updates(engine, policy, lambda _: shaken(policy))
         policy.load_state_dict(causal_lm.load(str(folder)).state_dict())
         await engine.load_weights(3)
 
@@ -122,6 +117,6 @@ def test_a_run_trains_on_sglang(url: str, folder: Path, tmp_path: Path) -> None:
         small_config(tmp_path),
         ["model.create=null", "warmup=null", f"model.path={folder}", "engine.kind=server", f"engine.urls=[{url}]"],
     )
-    with Trainer(config) as trainer:
+    with training(config) as trainer:
         trainer.run()
         assert trainer.state.step == 2 and trainer.actor.engine.version == 2

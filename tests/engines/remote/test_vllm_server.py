@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.engines.remote.test_engine import grow, run, shaken, worst_error
-from tests.models.test_lora import stir
+from tests.support.adapters import stir
+from tests.support.engine_trees import follows_updates, grow, run, shaken, worst_error
 from tests.support.real_servers import running, save_servable
 from tests.support.servers import engine_of
 from treepo.engines import Sampling
-from treepo.engines.remote.engine import ServerEngine
 from treepo.errors import EngineError
 from treepo.models import causal_lm, lora
 from treepo.models.lora import LoraSettings
@@ -69,7 +68,7 @@ def test_vllm_samples_what_the_model_would(url: str, folder: Path, tmp_path: Pat
     sampling = Sampling(temperature=0.7)
     engine = engine_of(policy, tmp_path, url, dialect=dialect, timeout_s=200)
     once, again = run(engine, grow(engine, sampling=sampling), grow(engine, sampling=sampling))
-    assert engine._replicas[0].dialect is not None and engine._replicas[0].dialect.name == expected
+    assert engine._replicas[0].protocol is not None and engine._replicas[0].protocol.name == expected
     assert max(worst_error(policy, tree, 0.7) for tree in once) < 1e-4
     assert [[n.tokens for n in tree.nodes] for tree in once] == [[n.tokens for n in tree.nodes] for tree in again]
 
@@ -79,10 +78,7 @@ def test_vllm_loads_new_weights(url: str, folder: Path, tmp_path: Path) -> None:
     engine = engine_of(policy, tmp_path, url, timeout_s=200)
 
     async def steps() -> None:
-        for version in (1, 2):
-            shaken(policy)
-            await engine.load_weights(version)
-            assert max(worst_error(policy, tree) for tree in await grow(engine)()) < 1e-4
+        await follows_updates(engine, policy, lambda _: shaken(policy))
         policy.load_state_dict(causal_lm.load(str(folder)).state_dict())
         await engine.load_weights(3)
 
@@ -103,15 +99,7 @@ def test_vllm_loads_adapters(folder: Path, tmp_path: Path) -> None:
         for dialect in ("vllm", "completions"):
             engine = engine_of(policy, tmp_path, url, dialect=dialect, timeout_s=200)
 
-            async def steps(engine: ServerEngine = engine) -> None:
-                for version in (1, 2):
-                    before = await grow(engine)()
-                    stir(policy, seed=version)
-                    assert max(worst_error(policy, tree) for tree in before) > 0.05
-                    await engine.load_weights(version)
-                    assert max(worst_error(policy, tree) for tree in await grow(engine)()) < 1e-4
-
-            run(engine, steps)
+            run(engine, lambda engine=engine: follows_updates(engine, policy, lambda n: stir(policy, seed=n)))
 
 
 def test_vllm_without_lora_is_told_how_to_be_started(url: str, folder: Path, tmp_path: Path) -> None:

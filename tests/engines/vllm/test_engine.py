@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from tests.support.engine_trees import EXACT, follows_updates, worst_of
 from tests.support.small_runs import small_config
 from treepo.engines import Sampling
 from treepo.engines.settings import VLLMSettings
@@ -23,8 +24,8 @@ from treepo.engines.weight_check import SAMPLING, mismatch, probe, probe_tree
 from treepo.errors import EngineError
 from treepo.models import causal_lm, lora
 from treepo.models.lora import LoraSettings
+from treepo.run.build import training
 from treepo.run.config import changed
-from treepo.run.trainer import Trainer
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import ROOT, Stop, Tree
 
@@ -68,10 +69,13 @@ class Serving:
         settings = VLLMSettings(kind="vllm", enforce_eager=True, **more)
         self.engine = VLLMEngine(self.model, settings, folder / "weights")
 
-    def grow(self, shape: SamplerSettings = SHAPE, seed: int = 0, prompts: int = 3) -> list[Tree]:
+    async def growing(self, shape: SamplerSettings = SHAPE, seed: int = 0, prompts: int = 3) -> list[Tree]:
         sampler = Sampler(self.engine, shape, str, {7})
         asked = [(str(i), list(range(10 + i, 70 + i))) for i in range(prompts)]
-        return self.runner.run(sampler.grow_all(asked, seed))
+        return await sampler.grow_all(asked, seed)
+
+    def grow(self, shape: SamplerSettings = SHAPE, seed: int = 0, prompts: int = 3) -> list[Tree]:
+        return self.runner.run(self.growing(shape, seed, prompts))
 
     def move(self, by: float = 0.05) -> None:
         with torch.no_grad():
@@ -88,23 +92,6 @@ def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     serving.runner.close()
 
 
-def worst_error(serving: Serving, trees: list[Tree], temperature: float = 1.0) -> float:
-    """Largest difference, in nats, between a tree's log-probs and those of one plain forward pass per leaf."""
-    worst = 0.0
-    for tree in trees:
-        for leaf in tree.leaves():
-            ids = torch.tensor(tree.tokens(leaf), device=serving.model.device)
-            positions = torch.arange(len(ids), device=ids.device)[None]
-            with torch.no_grad():
-                states = causal_lm.hidden(serving.model, ids[None], positions, causal_lm.Causal())[0]
-                expected = (causal_lm.logits(serving.model, states) / temperature).log_softmax(-1)
-            first = len(tree.prompt)
-            found = torch.tensor([x for node in tree.path(leaf)[1:] for x in tree.nodes[node].logprobs])
-            wanted = expected[first - 1 : -1].gather(1, ids[first:, None])[:, 0].cpu()
-            worst = max(worst, float((found - wanted).abs().max()))
-    return worst
-
-
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}])
 def test_trees_are_whole_and_their_log_probs_are_the_models(serving: Serving, sampling: dict[str, float]) -> None:
     trees = serving.grow(SHAPE.model_copy(update={"sampling": Sampling(**sampling)}))
@@ -112,14 +99,14 @@ def test_trees_are_whole_and_their_log_probs_are_the_models(serving: Serving, sa
         assert len(tree.leaves()) == SHAPE.width and Tree.from_json(tree.to_json()) == tree
         assert not any(node.stop is Stop.ERROR for node in tree.nodes)
     assert len({tuple(t.response(leaf)) for t in trees for leaf in t.leaves()}) > 20, "every segment has its own seed"
-    assert worst_error(serving, trees, sampling.get("temperature", 1.0)) < 1e-4
+    assert worst_of(serving.model, trees, sampling.get("temperature", 1.0)) < EXACT
 
 
 def test_forks_later_segments_and_fallbacks_reuse_the_cache(serving: Serving) -> None:
-    from treepo.engines.vllm.engine import Stats
+    from treepo.engines.vllm.engine import VLLMStats
 
     assert serving.engine.granularity == BLOCK
-    serving.engine.stats = Stats()
+    serving.engine.stats = VLLMStats()
     serving.grow(SHAPE.model_copy(update={"stopping": SHAPE.stopping}), seed=5)
     stats = serving.engine.stats
     # Besides each prompt once (60 tokens) a request computes at most one block anew.
@@ -162,13 +149,7 @@ def test_an_abandoned_request_is_given_up_and_others_go_on(serving: Serving) -> 
 
 
 def test_new_weights_arrive_and_segments_say_which(serving: Serving) -> None:
-    before = serving.grow()
-    serving.move()
-    assert worst_error(serving, before) > 0.1, "the test wants an update that shows"
-    serving.runner.run(serving.engine.load_weights(3))
-    after = serving.grow()
-    assert {node.version for tree in after for node in tree.nodes[1:]} == {3}
-    assert worst_error(serving, after) < 1e-4
+    serving.runner.run(follows_updates(serving.engine, serving.model, lambda _: serving.move(), serving.growing))
 
 
 def found_unsent(serving: Serving) -> str | None:
@@ -214,19 +195,17 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 def test_an_adapter_arrives_alone_and_segments_say_which(adapted: Serving, tmp_path: Path) -> None:
-    weights = adapted.engine._folder
-    before = adapted.grow()
-    assert worst_error(adapted, before) < 1e-4 and not weights.exists(), "at first it has the base, and nothing is sent"
-    for version in (1, 2):
+    weights = adapted.engine.source.folder
+
+    def move(version: int) -> None:
+        left = [path.name for path in weights.iterdir()] if weights.exists() else []
+        # At first vLLM has the base, which a new adapter leaves as it is: nothing is sent.
+        assert left == [f"version-{version - 1:06d}"] * (version > 1)
         adapted.move()
-        assert worst_error(adapted, before) > 0.05, "the test wants an update that shows"
-        adapted.runner.run(adapted.engine.load_weights(version))
-        after = adapted.grow()  # the same prompts and seeds: a stale prefix cache would show
-        assert {node.version for tree in after for node in tree.nodes[1:]} == {version}
-        assert worst_error(adapted, after) < 1e-4
-        (left,) = weights.iterdir()
-        assert left.name == f"version-00000{version}" and not (left / "model.safetensors").exists()
-        before = after
+
+    adapted.runner.run(follows_updates(adapted.engine, adapted.model, move, adapted.growing))
+    (left,) = weights.iterdir()
+    assert left.name == "version-000002" and not (left / "model.safetensors").exists()
     assert set(adapted.runner.run(adapted.engine.llm.list_loras())) == {2}
 
 
@@ -243,7 +222,7 @@ def test_an_adapter_that_vllm_cannot_read_ends_the_update(adapted: Serving) -> N
     finally:
         lora.settings_of(adapted.model).use_dora = False
     adapted.runner.run(adapted.engine.load_weights(6))
-    assert worst_error(adapted, adapted.grow()) < 1e-4
+    assert worst_of(adapted.model, adapted.grow()) < EXACT
 
 
 # vLLM's own transfer -------------------------------------------------------------------------------------------------
@@ -253,22 +232,22 @@ def arrived(serving: Serving, version: int, versions_left: list[str]) -> bool:
     """Whether a moved model's weights are those that vLLM decodes with, and only `versions_left` are in the folder."""
     serving.move()
     serving.runner.run(serving.engine.load_weights(version))
-    folder = serving.engine._folder
+    folder = serving.engine.source.folder
     left = sorted(path.name for path in folder.iterdir())
-    return worst_error(serving, serving.grow()) < 1e-4 and left == versions_left
+    return worst_of(serving.model, serving.grow()) < EXACT and left == versions_left
 
 
 def test_weights_go_by_vllms_transfer_and_through_the_folder_where_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from tests.support import handed
-    from treepo.engines import vllm as engine
+    from treepo.engines.vllm import engine
 
     how = handed.Handing(tmp_path, rank=0)
     monkeypatch.setattr(engine, "backend", lambda *_: how)
     serving = Serving(tmp_path, tied=False, args={"worker_extension_cls": "tests.support.handed.Extension"})
     try:
-        assert worst_error(serving, serving.grow()) < 1e-4 and how.calls == []
+        assert worst_of(serving.model, serving.grow()) < EXACT and how.calls == []
         assert arrived(serving, 1, []) and arrived(serving, 2, []) and how.calls == ["sent", "sent"]
         how.amiss = "lost"
         assert arrived(serving, 3, ["version-000003"]), "the probe found it out"
@@ -296,8 +275,8 @@ def test_weights_go_from_gpu_memory_to_vllm(tmp_path: Path) -> None:
         for version in (1, 2):
             serving.move()
             serving.runner.run(serving.engine.load_weights(version))
-            assert serving.engine._transfer is not None and not list(serving.engine._folder.iterdir())
-            assert worst_error(serving, serving.grow()) < 0.05
+            assert serving.engine._transfer is not None and not list(serving.engine.source.folder.iterdir())
+            assert worst_of(serving.model, serving.grow()) < 0.05
         folder = serving.engine._settings.model_copy(update={"transfer": "folder"})
         assert backend(serving.model, folder) is None
     finally:
@@ -316,7 +295,7 @@ def test_a_run_trains_on_vllm(tmp_path: Path, adapter: str) -> None:
             f"model.lora={adapter}",
         ],
     )
-    with Trainer(config) as trainer:
+    with training(config) as trainer:
         trainer.run()
         assert trainer.state.step == 3
         assert trainer.actor.engine.version == 3

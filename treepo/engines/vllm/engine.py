@@ -1,16 +1,14 @@
 """vLLM in this process: its AsyncLLM, token ids in and out, weights or an adapter loaded after every update.
 
-vLLM keeps key-values of whole blocks of a prefix, whoever computed them: siblings, later segments and fallbacks reuse
-them without our doing. Weights go by vLLM's own transfer (`engines.transfer`) or through a folder, and a probe
-(`engines.probe`) shows that they have arrived.
+vLLM keeps the key-values of whole blocks of a prefix. Siblings, later segments and fallbacks reuse them, and we need do
+nothing for that. Weights go by vLLM's own transfer (`engines.vllm.transfer`) or through a folder, and a probe
+(`engines.weight_check`) shows that they have arrived.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count
@@ -20,11 +18,12 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from treepo.engines import Sampling, Segment
-from treepo.engines.remote.protocols import Ask, Reply, checked, require_answerable, vllm_sampling
+from treepo.engines.open_trees import OpenTrees
+from treepo.engines.remote.protocols import SegmentReply, SegmentRequest, checked, require_answerable, vllm_sampling
 from treepo.engines.settings import VLLMSettings
 from treepo.engines.vllm.transfer import Transfer, backend
-from treepo.engines.weight_check import SAMPLING, Probe, mismatch, probe, probe_tree
-from treepo.engines.weight_files import save
+from treepo.engines.weight_check import SAMPLING, WeightGuard
+from treepo.engines.weight_files import WeightSource
 from treepo.errors import ConfigError, EngineError
 from treepo.models import causal_lm, lora
 from treepo.tree import Tree
@@ -33,8 +32,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Stats:
-    """What was asked of vLLM since the last reset."""
+class VLLMStats:
+    """Counts of what vLLM was asked for; a new object starts at zero."""
 
     requests: int = 0
     prefix_tokens: int = 0  # of all requests
@@ -43,7 +42,7 @@ class Stats:
 
     @property
     def computed_again(self) -> int:
-        """Prefix tokens that were not in the cache: each prompt once, and what blocks did not hold."""
+        """Prefix tokens that were not in the cache: each prompt once, and the tokens that filled no block."""
         return self.prefix_tokens - self.cached_tokens
 
 
@@ -54,45 +53,46 @@ class VLLMHandle:
         self._engine, self.tree, self.sampling, self.stop_ids = engine, tree, sampling, stop_ids
 
     async def generate(self, node: int, max_tokens: int, seed: int) -> Segment:
-        """Continue the prefix that ends with `node`; see `Handle`. Cancelled, vLLM gives the request up, too."""
-        ask = Ask.of(self, node, max_tokens, seed, self._engine.context)
-        return Segment(*checked(ask, await self._engine._ask(ask)), self._engine.version)
+        """Continue the prefix that ends with `node`; see `Handle`. A cancelled request ends in vLLM, too."""
+        request = SegmentRequest.of(self, node, max_tokens, seed, self._engine.context)
+        return Segment(*checked(request, await self._engine._ask(request)), self._engine.version)
 
     def close(self) -> None:
         """The prefix cache forgets the tree by itself."""
-        self._engine._handles.discard(self)
+        self._engine._open.discard(self)
 
 
-class VLLMEngine:
+class VLLMEngine(WeightGuard):
     """Decodes on vLLM in this process, with copies of `model`'s weights that go through `folder`."""
 
     def __init__(self, model: PreTrainedModel, settings: VLLMSettings, folder: str | Path) -> None:
+        super().__init__("vLLM", WeightSource(model, folder), settings.tolerance)
         self._model, self._settings = model, settings
-        self._folder = Path(folder).expanduser().absolute()
-        self._weights: Path | None = None  # where vLLM has read them last
-        self._adapter: Any = None  # vLLM's LoRARequest, if those are an adapter
+        self._updated = False  # `load_weights` was called
+        self._adapter: Any = None  # vLLM's LoRARequest for the adapter that it has
         self._adapters = count(1)
         self._transfer: Transfer | None = None  # None: weights go through `folder`
-        self.llm: Any = None  # vLLM's AsyncLLM, once it was started
-        self._handles: set[VLLMHandle] = set()
+        self.llm: Any = None  # vLLM's AsyncLLM; None: not started
+        self._open = OpenTrees[VLLMHandle]()
         self._numbers = count()
-        self._lock = asyncio.Lock()  # of whoever sees to the weights
-        self._holds: int | None = None  # the version that it was seen to decode with
-        self._probed: Probe | None = None
         self.context = min(causal_lm.context(model), settings.max_model_len or causal_lm.context(model))
-        self.tree_tokens = 1 << 60  # what does not fit its cache is computed again
+        self.tree_tokens = 1 << 60  # vLLM computes again what its cache has no room for
         self.granularity = settings.block_tokens or 1
-        self.version = 0
-        self.stats = Stats()
+        self.stats = VLLMStats()
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that segments come from."""
+        return self.source.version
 
     async def start(self) -> None:
-        """Start vLLM with the weights of the model; takes from half a minute to minutes.
+        """Start vLLM with the weights of the model, which takes half a minute to several minutes.
 
-        Raises `ConfigError` if vLLM is not there or refuses the settings.
+        Raises `ConfigError` if vLLM is not installed or refuses the settings.
         """
         if self.llm is not None:
             return
-        # Every reload is a page of its log, and one of its progress bars. It reads this when it is imported.
+        # Else every reload fills its log. It reads this variable when it is imported.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
@@ -105,7 +105,7 @@ class VLLMEngine:
             ) from error
         how = backend(self._model, self._settings)
         if how is not None:
-            # The handles of memory on a GPU are no plain data. They go to vLLM's own process, and to no other.
+            # A handle of GPU memory cannot be sent as plain data. It goes to vLLM's own process only.
             os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
         cpu = current_platform.is_cpu()
         # On CPUs vLLM's own default of 128 recomputes more than it saves at segments of 64.
@@ -128,7 +128,7 @@ class VLLMEngine:
             "weight_transfer_config": None if how is None else {"backend": how.backend},
         }
         if cpu:
-            # Of a prefill in parts it dies where requests have seeds: a CPU's generator cannot be set back.
+            # vLLM dies of a prefill in parts if requests have seeds, because a CPU's generator cannot be set back.
             given |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(self.context, 2048)}
         log.warning("engine: vLLM starts, which takes a while; VLLM_LOGGING_LEVEL=INFO shows what it does")
         try:
@@ -146,26 +146,21 @@ class VLLMEngine:
         *,
         entropies: bool = False,
     ) -> VLLMHandle:
-        """A handle for `tree`, once vLLM was seen to decode with the model's weights."""
+        """A handle for `tree`; waits until vLLM was seen to decode with the model's weights."""
         require_answerable(tree, self.context, "raise engine.max_model_len", entropies=entropies)
         await self.start()
-        await self._make_ready()
-        handle = VLLMHandle(self, tree, sampling, frozenset(stop_ids))
-        self._handles.add(handle)
-        return handle
+        await self.make_ready()
+        return self._open.add(VLLMHandle(self, tree, sampling, frozenset(stop_ids)))
 
     async def load_weights(self, version: int) -> None:
         """Have vLLM load the model's weights, and compare what it then samples with the model here.
 
-        Raises `EngineError` if it decodes with others.
+        Raises `EngineError` if vLLM decodes with other weights.
         """
-        if self._handles:
-            raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
+        self._open.require_none()
         await self.start()
-        self.version, self._holds = version, None
-        async with self._lock:
-            await self._reload()
-        await self._make_ready()
+        self.source.version, self.holds, self._updated = version, None, True
+        await self.make_ready()
 
     async def close(self) -> None:
         """End vLLM's processes."""
@@ -173,18 +168,18 @@ class VLLMEngine:
             self.llm.shutdown()
             self.llm = None
 
-    async def _ask(self, ask: Ask) -> Reply:
+    async def _ask(self, request: SegmentRequest) -> SegmentReply:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         params = SamplingParams(
-            **vllm_sampling(ask), logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+            **vllm_sampling(request), logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         number = f"treepo-{next(self._numbers)}"
         try:
-            prompt = TokensPrompt(prompt_token_ids=ask.tokens)
+            prompt = TokensPrompt(prompt_token_ids=request.tokens)
             async for last in self.llm.generate(prompt, params, number, lora_request=self._adapter):
                 output = last
         except EngineDeadError as error:
@@ -193,63 +188,56 @@ class VLLMEngine:
             raise EngineError(f"vLLM does not answer: {error}") from error
         (found,) = output.outputs
         self.stats.requests += 1
-        self.stats.prefix_tokens += len(ask.tokens)
+        self.stats.prefix_tokens += len(request.tokens)
         self.stats.cached_tokens += output.num_cached_tokens or 0
         self.stats.generated_tokens += len(found.token_ids)
         logprobs = [at[token].logprob for token, at in zip(found.token_ids, found.logprobs or [], strict=False)]
-        return Reply(list(found.token_ids), logprobs, found.finish_reason)
+        return SegmentReply(list(found.token_ids), logprobs, found.finish_reason)
 
     # Weights -------------------------------------------------------------------------------------------------------
 
-    async def _make_ready(self) -> None:
-        """See to it that vLLM decodes with the model's weights; it may have been started with earlier ones."""
-        async with self._lock:
-            if self._holds == self.version:
-                return
-            before, tolerance = self._probed, self._settings.tolerance
-            found = await self._probe()
-            if found.difference > tolerance and before is None:  # the model was warmed up or resumed meanwhile
-                before = found
-                await self._reload()
-                found = await self._probe()
-            why = mismatch(found, before, tolerance)
-            if why and self._transfer is not None:
-                self._send_no_more(why)
-                await self._reload()
-                why = mismatch(await self._probe(), before, tolerance)
-            if why:
-                raise EngineError(f"vLLM, version {self.version} of the weights: {why}")
-            self._holds = self.version
-
-    async def _reload(self) -> None:
-        old, self._weights = self._weights, None
+    async def _load(self) -> None:
+        old, self.source.path = self.source.path, None
         if self._transfer is not None:
             try:
                 await self._transfer.send()
             except EngineError as error:
                 self._send_no_more(str(error))
         if self._transfer is None:
-            self._weights = self._save()
+            path = self._write()
             try:
                 if lora.adapted(self._model):
-                    await self._load_adapter(self._weights)
+                    await self._load_adapter(path)
                 else:
-                    await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(self._weights)})
-            except Exception as error:  # whatever a worker raised arrives as a bare Exception
+                    await self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
+            except Exception as error:  # an error of a worker arrives as a bare Exception
                 raise EngineError(f"vLLM cannot load version {self.version} of the weights: {error}") from error
         if not await self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not empty its prefix cache after an update: requests are still under way")
-        if old is not None and old != self._weights:
-            shutil.rmtree(old, ignore_errors=True)
+        self.source.drop(old)
+
+    def _probe_handle(self, tree: Tree) -> VLLMHandle:
+        return VLLMHandle(self, tree, SAMPLING, frozenset())
+
+    def _due(self) -> bool:
+        return self._updated
+
+    def _has_another_way(self, why: str) -> bool:
+        if self._transfer is None:
+            return False
+        self._send_no_more(why)
+        return True
 
     def _send_no_more(self, why: str) -> None:
         self._transfer = None
-        log.warning("vLLM's own transfer of weights failed (%s): they go through %s from now on", why, self._folder)
+        log.warning(
+            "vLLM's own transfer of weights failed (%s): they go through %s from now on", why, self.source.folder
+        )
 
     async def _load_adapter(self, folder: Path) -> None:
         from vllm.lora.request import LoRARequest
 
-        # vLLM's prefix cache goes by name and path, and its workers by the number.
+        # vLLM's prefix cache tells adapters apart by name and path, its workers by the number.
         adapter = LoRARequest(lora.name_of(self._model), next(self._adapters), str(folder))
         if self._adapter is not None:
             await self.llm.remove_lora(self._adapter.lora_int_id)
@@ -257,23 +245,20 @@ class VLLMEngine:
         self._adapter = adapter
 
     def _first(self) -> dict[str, Any]:
-        """What vLLM starts with: the model's weights, or, where an adapter is trained, those that it belongs to."""
+        """The model that vLLM starts with: the model's weights, or the base model if an adapter is trained."""
         if not lora.adapted(self._model):
-            self._weights = self._save()
-            return {"model": str(self._weights)}
+            return {"model": str(self._write())}
         from vllm.config.lora import MaxLoRARanks
 
         adapter = lora.settings_of(self._model)
         rank = min((rank for rank in get_args(MaxLoRARanks) if rank >= adapter.r), default=adapter.r)
         return {"model": adapter.base_model_name_or_path, "enable_lora": True, "max_lora_rank": rank}
 
-    async def _probe(self) -> Probe:
-        tree = probe_tree(self._model)
-        self._probed = await probe(VLLMHandle(self, tree, SAMPLING, frozenset()), tree, self._model)
-        return self._probed
-
-    def _save(self) -> Path:
+    def _write(self) -> Path:
         from vllm.platforms import current_platform
 
-        # On CPUs it packs the output layer, and would go on with the old one: only a matrix of its own is loaded anew.
-        return save(self._model, self._folder, self.version, untied=current_platform.is_cpu())
+        # On CPUs vLLM packs the output layer. A reload of a tied one would leave the packed copy as it was.
+        self.source.write(untied=current_platform.is_cpu())
+        if self.source.path is None:
+            raise RuntimeError("this process does not write the weights of its own vLLM")
+        return self.source.path

@@ -1,7 +1,7 @@
 """vLLM's own transfer of weights: its worker reads the trained tensors on the GPU that both share, without a folder.
 
-The parts are vLLM's (`vllm.distributed.weight_transfer`, 0.32); here they meet its AsyncLLM. CUDA alone has such a
-transfer. Whether weights arrived is for the probe to say, as ever.
+The parts are vLLM's (`vllm.distributed.weight_transfer`, 0.32); this module connects them to its AsyncLLM. Only
+CUDA has such a transfer. The probe (`engines.weight_check`) shows whether the weights arrived.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ def backend(model: PreTrainedModel, settings: VLLMSettings) -> Any:
 
 
 def _several_processes() -> bool:
-    """Whether others train, too: they would have to send at the same time, each to a vLLM on its own GPU."""
+    """Whether other processes train, too. Each would have to send to a vLLM on its own GPU, at the same time."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class Transfer:
-    """Sends the weights of `model` to `llm`, a running AsyncLLM, as `how` (of `backend`) says."""
+    """Sends the weights of `model` to `llm`, a running AsyncLLM, in the way `how`, which `backend` gives."""
 
     def __init__(self, llm: Any, model: PreTrainedModel, how: Any) -> None:
         self._llm, self._model, self._how = llm, model, how
-        self._trainer: Any = None  # vLLM's, once it was asked for
+        self._trainer: Any = None  # vLLM's object for our side; None: not made yet
 
     async def send(self) -> None:
-        """Have vLLM take over the weights as they are now; raises `EngineError` if it does not."""
+        """Have vLLM take the weights as they are now; raises `EngineError` if it does not."""
         try:
-            # vLLM's half on this side waits for the other one, whose answers come through the event loop.
+            # vLLM's code on this side blocks until its worker answers, and the answers come through the event loop.
             await asyncio.to_thread(self._send, _Client(self._llm, asyncio.get_running_loop()))
-        except Exception as error:  # whatever a worker raised arrives as a bare Exception
+        except Exception as error:  # an error of a worker arrives as a bare Exception
             raise EngineError(str(error)) from error
 
     def _send(self, client: _Client) -> None:
         from vllm.distributed.weight_transfer import ModuleSource, WeightTransferTrainerFactory
 
-        # A new thread's GPU is the first one, whatever the model's is.
+        # A new thread starts on the first GPU, and the model may be on another one.
         with torch.cuda.device_of(next(self._model.parameters())):  # type: ignore[no-untyped-call]
             if self._trainer is None:
                 source = ModuleSource(self._model)
