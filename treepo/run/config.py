@@ -34,7 +34,7 @@ class Config(Settings):
     threads: int | None = Field(
         None, ge=1, description="CPU threads of torch; small models are fastest with 1. Default: torch's choice."
     )
-    task: AnyTask
+    task: Annotated[AnyTask, Field(description="Where problems come from, and what a response is worth.")]
     model: ModelSettings
     warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
     engine: EngineSettings = Field(LocalSettings(), description="What decodes: this process, or servers.")
