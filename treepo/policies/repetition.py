@@ -14,6 +14,9 @@ Pieces = tuple["Pieces | None", str]
 """A text as its beginning and its last piece, so that texts that begin alike share it."""
 
 
+_FACTORS = (0x9E3779B1, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0x2C1B3C6D)  # odd, otherwise arbitrary
+
+
 @dataclass(frozen=True, slots=True)
 class RepetitionScan:
     """`found`: some substring of `chars` characters occurs at least `count` times, overlapping ones included. Exact.
@@ -47,11 +50,12 @@ class RepetitionScan:
         size = 1 << ((self.chars + 1) // 2).bit_length() - 1  # of a gram: a power of two
         grams = hashes(np.frombuffer(region.encode("utf-32-le", "surrogatepass"), np.uint32), size)
         anchors = lowest_around(grams, self.chars - size + 1)
-        counted = np.zeros(len(grams), np.bool_)
-        if self.counted is not None:
-            counted[: len(self.counted)] = self.counted
-        runs = _with_run(self.runs, np.sort(grams[anchors & ~counted]))
-        asked = np.unique(grams[anchors])  # also of old anchors: their windows may be new
+        new = anchors.copy()
+        if (counted := self.counted) is not None:
+            new[: len(counted)] &= ~counted
+            anchors[: len(counted)] |= counted
+        runs = _with_run(self.runs, np.sort(grams[new]))
+        asked = np.sort(grams[anchors])  # also of old anchors: their windows may be new
         times = sum(run.searchsorted(asked, "right") - run.searchsorted(asked) for run in runs)
         frequent = asked[times >= self.count]
         found = False
@@ -59,22 +63,18 @@ class RepetitionScan:
             places = np.flatnonzero(anchors & np.isin(grams, frequent))
             found = _occurs(_joined(whole), {region[i : i + size] for i in places.tolist()}, self.chars, self.count)
         kept = max(0, len(overlap) - size + 1)
-        counted = (counted | anchors)[len(grams) - kept :].copy()
-        return RepetitionScan(self.chars, self.count, found, whole, overlap, counted, runs)
+        return RepetitionScan(self.chars, self.count, found, whole, overlap, anchors[len(grams) - kept :].copy(), runs)
 
 
 def hashes(codes: NDArray[np.uint32], size: int) -> Hashes:
     """[characters - size + 1] a hash of each substring of `size` characters, a power of two; equal for equal ones."""
-    hashed = codes * np.uint32(0x9E3779B1)
-    width = 1
+    hashed, width = codes, 1
     while width < size:
-        hashed ^= hashed >> np.uint32(15)
-        left = hashed[:-width] * np.uint32(0x85EBCA6B)
+        left = hashed[:-width] * np.uint32(_FACTORS[width.bit_length() % len(_FACTORS)])
         left += hashed[width:]
         hashed, width = left, 2 * width
-    hashed ^= hashed >> np.uint32(16)
-    hashed *= np.uint32(0xC2B2AE35)
-    hashed ^= hashed >> np.uint32(13)
+    hashed = hashed ^ hashed >> np.uint32(15)
+    hashed *= np.uint32(0x85EBCA6B)  # so that high bits, which decide what is lowest, depend on all others
     return hashed
 
 
