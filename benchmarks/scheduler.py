@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from benchmarks import report
 from treepo.engines import Segment
 from treepo.engines.scripted import ScriptedEngine, ScriptedHandle
@@ -119,7 +121,7 @@ def written() -> tuple[list[list[int]], Decode]:
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")  # noqa: S106
     ids = tokenizer.encode("".join(lines)).ids
     pool = [ids[start : start + 512] for start in range(0, len(ids) - 512, 512)]
-    return pool, lambda tokens: str(whole.decode(list(tokens), skip_special_tokens=True))
+    return pool, lambda tokens: str(whole.decode(np.array(tokens, np.int64), skip_special_tokens=True))
 
 
 def measure(pool: Sequence[list[int]], decode: Decode, settings: SamplerSettings, trees: int, repeats: int) -> dict:

@@ -214,7 +214,7 @@ def test_ordinary_text_has_one_anchor_for_about_nine_characters_each_kept_once()
         new = "".join(rng.choices("abcdefghijklmnop ", k=rng.randrange(1, 60)))
         scan, length = scan.after(new), length + len(new)
     assert not scan.found and 0.09 < sum(map(len, scan.runs)) / length < 0.14
-    assert len(scan.runs) < 12 and all(len(a) >= 2 * len(b) for a, b in zip(scan.runs, scan.runs[1:], strict=False))
+    assert len(scan.runs) < 7 and all(len(a) >= 4 * len(b) for a, b in zip(scan.runs, scan.runs[1:], strict=False))
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,9 @@ def test_among_these_trees_are_all_reasons_to_stop_and_divided_segments() -> Non
     for seed in range(30):
         rule = EarlyStop(stop_strings=("END",), repetition_chars=4, repetition_count=3 + 5 * (seed % 2))
         fallback = GridBoundary(window=3, candidates="any")
+        branching = LevelBudget(divergence=1, first_divergence=2, transfer=False)
         shape = {"width": 8, "segment_tokens": 9, "max_depth": 4, "stopping": rule, "fallback": fallback}
+        shape["branching"] = branching
         for tree in both_ways("byte_level", shape, seed):
             stops |= {tree.nodes[leaf].stop for leaf in tree.leaves()}
             divided += len(tree) - len({node.seed for node in tree.nodes})

@@ -37,7 +37,7 @@ class RepetitionScan:
     text: Pieces | None = None
     overlap: str = ""  # the last characters, at most one fewer than a window has
     counted: NDArray[np.bool_] | None = None  # [grams in `overlap`] whether each is counted already; None: none is
-    runs: tuple[Hashes, ...] = ()  # sorted hashes of the anchors, each run at least twice as long as the next
+    runs: tuple[Hashes, ...] = ()  # sorted hashes of the anchors, each run at least four times as long as the next
 
     def after(self, text: str) -> RepetitionScan:
         """What is known once `text` is read as well."""
@@ -54,8 +54,9 @@ class RepetitionScan:
         if (counted := self.counted) is not None:
             new[: len(counted)] &= ~counted
             anchors[: len(counted)] |= counted
-        runs = _with_run(self.runs, np.sort(grams[new]))
-        asked = np.sort(grams[anchors])  # also of old anchors: their windows may be new
+        runs = _with_run(self.runs, grams[new])
+        asked = grams[anchors]  # also old anchors: their windows may be new
+        asked.sort()  # a search for neighbours is faster
         times = sum(run.searchsorted(asked, "right") - run.searchsorted(asked) for run in runs)
         frequent = asked[times >= self.count]
         found = False
@@ -99,10 +100,15 @@ def _sliding(best: Any, values: Hashes, width: int) -> Hashes:
 
 
 def _with_run(runs: tuple[Hashes, ...], new: Hashes) -> tuple[Hashes, ...]:
+    """`runs` and the unsorted `new`. Runs are merged when they have become too short."""
+    if not len(new):
+        return runs
     kept = list(runs)
-    while kept and len(kept[-1]) < 2 * len(new):
-        new = np.sort(np.concatenate((kept.pop(), new)), kind="stable")  # merges what is sorted
-    return (*kept, new) if len(new) else runs
+    new.sort()
+    while kept and len(kept[-1]) < 4 * len(new):
+        new = np.concatenate((kept.pop(), new))
+        new.sort(kind="stable")  # merges what is sorted
+    return (*kept, new)
 
 
 def _occurs(text: str, grams: set[str], chars: int, count: int) -> bool:
