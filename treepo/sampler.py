@@ -210,7 +210,7 @@ class Sampler:
                 )
             )
             if stop is None:
-                texts[born[-1]] = text
+                texts[born[-1]] = text.share(tree.nodes[born[-1]].tokens)
         return born
 
     async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:

@@ -33,8 +33,9 @@ class ResponseText:
 
     `decode` turns token ids into text. It need not be the sum of its parts: the bytes of a character may be divided
     among tokens, and a space at the beginning may be dropped. So new tokens are decoded together with a window of
-    earlier ones. Trailing U+FFFD may change with the next token and is kept apart. Where a decoder changes more than
-    that, or the window alone does not give the same text as before, the whole response is decoded again.
+    earlier ones. Trailing U+FFFD may change with the next token and is kept apart. Where new tokens change the text of
+    the window, or no window alone gives the text that it gives within the response, everything is decoded again.
+    Assumed: new tokens change nothing before the window without changing the window.
     """
 
     __slots__ = ("_base", "_decode", "_parent", "_scans", "_settled", "_tail", "_tokens", "_window")
@@ -55,6 +56,11 @@ class ResponseText:
         longer = type(self)(self._decode)
         longer._parent, longer._tokens, longer._settled = self, tokens, None
         return longer
+
+    def share(self, tokens: Sequence[int]) -> Self:
+        """Keep these tokens in place of ours, which are equal, so that they are in memory only once."""
+        self._tokens = tokens
+        return self
 
     def __call__(self) -> str:
         """The whole text."""
