@@ -13,7 +13,6 @@ Hashes = NDArray[np.uint32]
 Pieces = tuple["Pieces | None", str]
 """A text as its beginning and its last piece, so that texts that begin alike share it."""
 
-
 _FACTORS = (0x9E3779B1, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0x2C1B3C6D)  # odd, otherwise arbitrary
 
 
@@ -56,7 +55,7 @@ class RepetitionScan:
             anchors[: len(counted)] |= counted
         runs = _with_run(self.runs, grams[new])
         asked = grams[anchors]  # also old anchors: their windows may be new
-        asked.sort()  # a search for neighbours is faster
+        asked.sort()  # sorted keys are looked up faster
         times = sum(run.searchsorted(asked, "right") - run.searchsorted(asked) for run in runs)
         frequent = asked[times >= self.count]
         found = False
