@@ -80,6 +80,8 @@ ORDER = [
     "engines.vllm.engine",
     "policies",
     "policies.branching",
+    "policies.response_text",
+    "policies.repetition",
     "policies.stopping",
     "policies.fallback",
     "sampler",
