@@ -14,11 +14,11 @@ import asyncio
 
 from treepo.engines.local.request_queue import Session
 
-PATIENCE = 100  # turns of the event loop: far more than callers need that have nothing to wait for
-
 
 class ExpectedCallers:
     """The sessions of which the next request, or the end, is expected within a few turns of the event loop."""
+
+    patience = 100  # turns of a wait: far more than a caller needs that has nothing else to wait for
 
     def __init__(self) -> None:
         self._sessions: set[Session] = set()
@@ -38,9 +38,9 @@ class ExpectedCallers:
     async def wait(self) -> None:
         """Let the event loop turn, once at least, until no session is expected.
 
-        After `PATIENCE` turns the sessions that are still expected are given up.
+        After `patience` turns the sessions that are left are not expected any more.
         """
-        for _ in range(PATIENCE):
+        for _ in range(self.patience):
             await asyncio.sleep(0)
             if not self._sessions:
                 return
