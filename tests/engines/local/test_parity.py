@@ -84,6 +84,22 @@ def test_a_path_that_this_engine_did_not_sample_is_prefilled_and_exact() -> None
     asyncio.run(run())
 
 
+def test_the_halves_of_a_segment_that_this_engine_did_not_sample_are_prefilled_as_one() -> None:
+    engine = LocalEngine(prepared())
+    tree = Tree([1, 2, 3])
+    leaf = tree.add(ROOT, [4, 5, 6, 7, 8], [-1.0] * 5, seed=77)
+    head = tree.split(leaf, 2)
+
+    async def run() -> None:
+        handle = await engine.open(tree, Sampling(), [])
+        for child in await extend(tree, handle, (leaf, 5, 1), (head, 5, 2)):
+            expected = oracle(plain_model(), tree.tokens(child))[-5:]
+            assert torch.allclose(expected, torch.tensor(tree.nodes[child].logprobs), atol=1e-5)
+        handle.close()
+
+    asyncio.run(run())
+
+
 def test_greedy_equals_the_generate_of_transformers() -> None:
     plain = plain_model()
     prompt = PROMPTS[2]

@@ -129,6 +129,19 @@ def test_a_tree_that_waits_for_another_is_waited_for_once(first: str) -> None:
     assert engine.stats.steps == 61
 
 
+def test_a_tree_with_a_request_under_way_is_not_waited_for() -> None:
+    engine = LocalEngine(prepared())
+
+    async def run() -> None:
+        (handle,) = await opened(engine, 1)
+        async with Clock() as clock:
+            await asyncio.gather(*(handle.generate(ROOT, length, length) for length in (5, 10, 15, 20)))
+            assert clock.turns < 2 * 20
+        handle.close()
+
+    asyncio.run(run())
+
+
 def test_a_tree_that_has_asked_again_is_waited_for_again() -> None:
     engine = LocalEngine(prepared())
 
