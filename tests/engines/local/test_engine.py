@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -236,3 +238,16 @@ def test_an_event_loop_that_died_under_way_does_not_block_the_next() -> None:
 
     asyncio.run(leave())
     assert len(segment(engine, PROMPTS[2], 10, 1, Sampling()).tokens) == 10
+
+
+def test_an_engine_that_nobody_uses_any_more_lets_go_of_its_model_at_once() -> None:
+    model = prepared()
+    engine = LocalEngine(model)
+    forest(engine)
+    alive = weakref.ref(engine)
+    gc.disable()  # Python's search for cycles must not be needed
+    try:
+        del engine
+        assert alive() is None
+    finally:
+        gc.enable()

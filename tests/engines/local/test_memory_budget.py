@@ -81,6 +81,7 @@ def test_trees_whose_most_fits_grow_side_by_side() -> None:
             await asyncio.gather(*(grow(engine, t, Sampling(), most=m) for t, m in zip(trees, most, strict=True)))
 
         asyncio.run(run())
+        assert engine._loop.peak <= tokens
         steps.append(engine.stats.steps)
     assert steps[1] < steps[0]
     free = LocalEngine(prepared())

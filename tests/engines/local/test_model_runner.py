@@ -37,8 +37,9 @@ def test_a_packed_prefill_equals_one_of_each_prompt(most: int) -> None:
 @pytest.mark.parametrize("slots", [3, 7, 64])
 def test_steps_that_are_recorded_and_replayed_draw_the_same_trees(slots: int) -> None:
     class Replaying(LocalEngine):
-        def _new_slots(self) -> Any:
-            made.append(super()._new_slots())
+        @classmethod
+        def _new_slots(cls, *args: Any) -> Any:
+            made.append(super()._new_slots(*args))
             made[-1].steps.graphs = True
             return made[-1]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Hashable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -94,10 +95,12 @@ class LocalEngine:
             raise ConfigError("engine: the model cannot be decoded yet: pass it through causal_lm.prepare first")
         self._model, self._settings = model, settings or LocalSettings()
         self.context = min(causal_lm.context(model), self._settings.max_tokens or 1 << 30)
-        self._budget = None if self._settings.memory_gib is None else self._room(self._settings.memory_gib)
-        self.tree_tokens = 1 << 60 if self._budget is None else self._budget.tokens
-        self._queue = RequestQueue(self._budget)
-        self._loop = self.loop(model, self._queue, self._settings.slots, self._new_slots)
+        budget = None if self._settings.memory_gib is None else self._room(self._settings.memory_gib)
+        self.tree_tokens = 1 << 60 if budget is None else budget.tokens
+        self._queue = RequestQueue(budget)
+        # Not a method of this object: it would be in a cycle, and its model in memory until Python looks for cycles.
+        new_slots = partial(self._new_slots, model, self._settings, self.context)
+        self._loop = self.loop(model, self._queue, self._settings.slots, new_slots)
 
     @property
     def version(self) -> int:
@@ -239,13 +242,14 @@ class LocalEngine:
         own = self._settings.max_tokens is not None and self._settings.max_tokens <= causal_lm.context(self._model)
         return "engine.max_tokens" if own else "the model's context (max_position_embeddings)"
 
-    def _new_slots(self) -> Slots[LocalRequest]:
-        cache = self.cache(self._model, self._settings.slots, self.context)
-        graphs = self._settings.cuda_graphs and self._model.device.type == "cuda"
-        pages = None if graphs or self._budget is not None else Pages(self.page, cache.layers())
-        if self._budget is not None:
+    @classmethod
+    def _new_slots(cls, model: PreTrainedModel, settings: LocalSettings, context: int) -> Slots[LocalRequest]:
+        cache = cls.cache(model, settings.slots, context)
+        graphs, bounded = settings.cuda_graphs and model.device.type == "cuda", settings.memory_gib is not None
+        pages = None if graphs or bounded else Pages(cls.page, cache.layers())
+        if bounded:
             cache.reserve(*cache.limits)
-        return Slots(Steps(self._model, cache, self.plan, graphs=graphs), pages)
+        return Slots(Steps(model, cache, cls.plan, graphs=graphs), pages)
 
 
 def prefix_of(tree: Tree, node: int) -> Prefix:
