@@ -1,7 +1,7 @@
 """Engines: token ids in, token ids and log-probs out.
 
-An engine only caches: everything that it keeps can be computed again from the tree. `open` gives one handle per tree, so
-that an engine can keep the tree's key-values and a pool of servers can keep a tree on one replica.
+An engine only caches: everything that it keeps can be computed again from the tree. `open` gives one handle per tree,
+so that an engine can keep the tree's key-values and a pool of servers can keep a tree on one replica.
 """
 
 from __future__ import annotations
