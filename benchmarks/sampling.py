@@ -25,7 +25,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks import report
 from treepo.engines import Sampling
-from treepo.engines.local.batch import Stats
+from treepo.engines.local.batch import LocalStats
 from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
 from treepo.models import causal_lm
@@ -144,7 +144,7 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
             jobs = (grow(engine, ids, str(i), SHAPES[name], response) for i, ids in enumerate(prompt_ids.tolist()))
             return await asyncio.gather(*jobs)
 
-        engine.stats = Stats()
+        engine.stats = LocalStats()
         tokens = sum(tree.flat_tokens for tree in asyncio.run(forest()))
         if tokens != case.prompts * LEAVES * response:
             raise RuntimeError("the trees do not have the trajectories that were asked for")

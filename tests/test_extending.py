@@ -18,7 +18,14 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 FILES = dict(re.findall(r'```python title="(.*?)"\n(.*?)```', PAGE, flags=re.DOTALL))
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
-SMALL = ["trainer.steps=1", "trainer.prompts_per_step=2", "warmup.steps=2", "threads=1", "out=run"]
+SMALL = [
+    "trainer.steps=1",
+    "trainer.dynamic_sampling=null",
+    "trainer.prompts_per_step=2",
+    "warmup.steps=2",
+    "threads=1",
+    "out=run",
+]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from treepo.event_loop import EventLoop
 from treepo.policies import Frontier
 from treepo.policies.branching import AnyBranching, LevelBudget
 from treepo.policies.fallback import AnyFallback, SegmentBoundary
+from treepo.policies.response_text import ResponseText
 from treepo.policies.stopping import AnyStopping, EarlyStop
 from treepo.seeds import derive, generator
 from treepo.settings import Settings
@@ -181,6 +182,7 @@ class Sampler:
             len(tree.prompt) + settings.tree_tokens,
             entropies=not iid and settings.branching.needs_entropies,
         )
+        texts = {ROOT: ResponseText(self.decode)}  # of every node that may get children
         try:
             active, finished, level = [ROOT], list[int](), 0
             while True:
@@ -198,13 +200,15 @@ class Sampler:
                     plan = self._fall_back(frontier) if frontier.remaining > 0 else {}
                 if not plan:
                     break
-                active = await self._decode(handle, tree, plan)
+                active = await self._decode(handle, tree, texts, plan)
                 level += 1
         finally:
             handle.close()
         return tree
 
-    async def _decode(self, handle: Handle, tree: Tree, plan: dict[int, int]) -> list[int]:
+    async def _decode(
+        self, handle: Handle, tree: Tree, texts: dict[int, ResponseText], plan: dict[int, int]
+    ) -> list[int]:
         """Decode a segment for every planned child; returns the new nodes, finished where they are."""
         places = [(node, len(tree.children[node]) + i) for node, children in plan.items() for i in range(children)]
         seeds = [self._seed(tree, node, ordinal) for node, ordinal in places]
@@ -217,7 +221,7 @@ class Sampler:
                 version = tree.nodes[node].version
                 born.append(tree.add(node, [], [], seed=seed, version=version, stop=Stop.ERROR, error=str(reply)))
                 continue
-            stop, kept = self._judge(tree, node, reply.tokens)
+            text, stop, kept = self._judge(tree, node, self._text(tree, texts, node), reply.tokens)
             entropies = None if reply.entropies is None else reply.entropies[:kept]
             born.append(
                 tree.add(
@@ -230,6 +234,8 @@ class Sampler:
                     entropies=entropies,
                 )
             )
+            if stop is None:
+                texts[born[-1]] = text.share(tree.nodes[born[-1]].tokens)
         return born
 
     async def _request(self, handle: Handle, tree: Tree, node: int, seed: int) -> Segment | EngineError:
@@ -247,28 +253,39 @@ class Sampler:
                 failure = error
         return failure
 
-    def _judge(self, tree: Tree, parent: int, new: Sequence[int]) -> tuple[Stop | None, int]:
-        """Whether the path that goes on after `parent` with the tokens `new` ends, and how many of them it keeps."""
-        settings, before = self.settings, tree.response(parent)
+    @staticmethod
+    def _text(tree: Tree, texts: dict[int, ResponseText], node: int) -> ResponseText:
+        """The response up to the end of `node`. Nodes that a fallback has divided are not in `texts` yet."""
+        missing = []
+        while node not in texts:
+            missing.append(node)
+            node = tree.nodes[node].parent
+        text = texts[node]
+        for node in reversed(missing):
+            text = texts[node] = text.after(tree.nodes[node].tokens)
+        return text
 
-        def judged(kept: int, **reached: bool) -> Stop | None:
-            return settings.stopping(lambda: self.decode([*before, *new[:kept]]), **reached)
-
-        length = len(before) + len(new) >= settings.response_tokens
+    def _judge(
+        self, tree: Tree, parent: int, before: ResponseText, new: Sequence[int]
+    ) -> tuple[ResponseText, Stop | None, int]:
+        """The path that goes on after `parent` with the tokens `new`: its text, why it ends, how many it keeps."""
+        settings = self.settings
+        length = tree.response_length(parent) + len(new) >= settings.response_tokens
         depth = tree.nodes[parent].depth + 1 >= settings.levels
-        stop = judged(len(new), eos=new[-1] in self.stop_ids, length=length, depth=depth)
+        text = before.after(new)
+        stop = settings.stopping(text, eos=new[-1] in self.stop_ids, length=length, depth=depth)
         if stop is None:
-            return Stop.LENGTH if length else Stop.DEPTH if depth else None, len(new)
+            return text, Stop.LENGTH if length else Stop.DEPTH if depth else None, len(new)
         if not settings.trim:
-            return stop, len(new)
+            return text, stop, len(new)
+
+        def judged(kept: int) -> Stop | None:
+            return settings.stopping(before.after(new[:kept]), eos=False, length=False, depth=False)
+
         # The first token with which an answer or a stop string is there: once there, it stays.
         complete = (Stop.ANSWER, Stop.STOP_STRING)
-        kept = bisect_left(
-            range(1, len(new)), True, key=lambda n: judged(n, eos=False, length=False, depth=False) in complete
-        )
-        if kept + 1 == len(new):
-            return stop, len(new)
-        return judged(kept + 1, eos=False, length=False, depth=False), kept + 1
+        kept = 1 + bisect_left(range(1, len(new)), True, key=lambda n: judged(n) in complete)
+        return (text, stop, kept) if kept == len(new) else (text, judged(kept), kept)
 
     def _fall_back(self, frontier: Frontier) -> dict[int, int]:
         plan, remaining = Counter[int](), frontier.remaining

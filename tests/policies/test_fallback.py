@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.engines.local.test_engine import plain_model, prepared, with_room, worst_error
+from tests.support.local_models import plain_model, prepared, with_room, worst_error
 from tests.support.scripted_trees import EOS, chain, encode, frontier, mixed_reply, sampler
 from treepo.engines.local.engine import LocalEngine
 from treepo.engines.scripted import ScriptedEngine

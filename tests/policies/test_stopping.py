@@ -1,6 +1,7 @@
 """When paths end: the rules and their order, stop strings, what is trimmed, and classes of the user's own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from treepo.engines.scripted import ScriptedEngine
 from treepo.errors import ConfigError
 from treepo.policies.branching import LevelBudget
 from treepo.policies.fallback import NoFallback
+from treepo.policies.response_text import ResponseText
 from treepo.policies.stopping import EarlyStop
 from treepo.tree import Stop, Tree
 
@@ -173,6 +175,35 @@ class Countdown:
 
     def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
         return self.answer if len(text()) >= self.letters else None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Letters:
+    """How many letters a text has."""
+
+    count: int = 0
+
+    def after(self, text: str) -> "Letters":
+        return Letters(self.count + len(text))
+
+
+class Counting:
+    """`Countdown` that reads only what is new."""
+
+    def __init__(self, letters: int) -> None:
+        self.letters = letters
+
+    def __call__(self, text: ResponseText, *, eos: bool, length: bool, depth: bool) -> Stop | None:
+        return Stop.ANSWER if text.scan(Letters()).count >= self.letters else None
+
+
+def test_a_rule_of_ones_own_may_scan_what_is_new_instead_of_the_whole_text() -> None:
+    for trim in (False, True):
+        whole, scanned = (
+            written("abcdefgh", stopping={"kind": f"tests.policies.test_stopping:{own}", "letters": 6}, trim=trim)
+            for own in ("Countdown", "Counting")
+        )
+        assert whole == scanned and response(scanned)[1] is Stop.ANSWER
 
 
 OWN = "tests.policies.test_stopping:Countdown"

@@ -9,8 +9,6 @@ import time
 import httpx2
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from tests.support.servers import Served, engine_of, subprocess_serving
@@ -23,8 +21,7 @@ from treepo.errors import ConfigError, EngineError
 from treepo.models import causal_lm
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.serve.app import load_weights
-from treepo.serve.prefixes import Prefixes, longest
-from treepo.tree import Tree
+from treepo.serve.prefixes import Prefixes
 
 
 @pytest.fixture(scope="module")
@@ -155,85 +152,6 @@ def test_only_who_has_the_key_is_answered(folder):
         assert ask(server, "/health", method="GET").status_code == 200
 
 
-# Prefixes -------------------------------------------------------------------------------------------------------------
-
-FEW = st.integers(0, 2)
-
-
-@given(st.lists(st.lists(FEW, min_size=1, max_size=6), max_size=12), st.lists(FEW, max_size=12))
-def test_the_longest_known_beginning_is_found_and_no_path_changes(paths, ids):
-    tree = Tree([1])
-    grown = []
-    for path in [[1, *path] for path in paths]:
-        node, known = longest(tree, path)
-        if known < len(path):
-            node = tree.add(node, path[known:], [0.0] * (len(path) - known), seed=len(tree))
-        assert tree.tokens(node) == path
-        grown.append(path)
-    ids = [1, *ids]
-    node, known = longest(tree, ids)
-    shared = [sum(all(a == b for a, b in zip(p[: i + 1], ids, strict=False)) for i in range(len(p))) for p in grown]
-    best = max((min(n, len(ids)) for n in shared), default=1)
-    assert known == max(1, best) and tree.tokens(node) == ids[:known]
-    known_tokens = {tuple(tree.tokens(n)) for n in range(len(tree))}
-    assert all(tuple(path) in known_tokens for path in grown)
-
-
-def generate(prefixes, ids, seed, n=6, stops=frozenset()):
-    return prefixes.generate(ids, n, seed, Sampling(), stops)
-
-
-def test_a_prefix_is_computed_once(folder):
-    engine = LocalEngine(causal_lm.load(str(folder)))
-    prefixes = Prefixes(engine, 10_000)
-
-    async def ask_on():
-        prompt = list(range(1, 31))
-        first = await generate(prefixes, prompt, 1)
-        assert engine.stats.prefilled_tokens == 29 and first.cached_tokens == 0
-        path = [*prompt, *first.segment.tokens]
-        later = await asyncio.gather(
-            generate(prefixes, path, 2),
-            generate(prefixes, path[:-3], 3),  # from the middle of a segment
-            generate(prefixes, prompt, 4),
-            generate(prefixes, prompt, 4),  # the same once more
-        )
-        assert engine.stats.prefilled_tokens == 29 and len(prefixes) == 1
-        assert [answer.cached_tokens for answer in later] == [36, 33, 30, 30]
-        assert later[2].segment == later[3].segment
-        foreign = await generate(prefixes, [*path[:-2], 90, 91], 5)
-        assert foreign.cached_tokens == 34 and engine.stats.prefilled_tokens == 29 + 35
-        await generate(prefixes, [9, *prompt], 6)
-        assert len(prefixes) == 2
-        return path, later
-
-    path, later = asyncio.run(ask_on())
-    alone = Prefixes(LocalEngine(causal_lm.load(str(folder))), 0)
-    for ids, seed, answer in ((path, 2, later[0]), (path[:-3], 3, later[1])):
-        again = asyncio.run(generate(alone, ids, seed)).segment
-        assert again.tokens == answer.segment.tokens
-        assert again.logprobs == pytest.approx(answer.segment.logprobs, abs=1e-5)
-
-
-def test_the_least_recently_used_prefixes_go_first_and_none_that_is_needed(folder):
-    engine = LocalEngine(causal_lm.load(str(folder)))
-    prefixes = Prefixes(engine, 50)
-
-    async def fill():
-        for first in (1, 2, 3):
-            await generate(prefixes, [first] * 10, first)
-        assert len(prefixes) == 3 and prefixes.kept == 48
-        await generate(prefixes, [1] * 10, 9)
-        assert len(prefixes) == 2 and prefixes.kept == 38, "the second prompt's tree went"
-        assert (await generate(prefixes, [1] * 10, 9)).cached_tokens == 10
-        many = await asyncio.gather(*(generate(prefixes, [first] * 20, first) for first in range(20)))
-        assert len(many) == 20 and prefixes.kept <= 50 and engine.cached_tokens <= 50
-        prefixes.flush()
-        assert len(prefixes) == prefixes.kept == engine.cached_tokens == 0
-
-    asyncio.run(fill())
-
-
 def test_256_branches_at_once_lose_nothing(folder, served):
     """Trees through the server equal the local engine's, and its steps are shared by many rows."""
     policy = causal_lm.load(str(folder))
@@ -342,7 +260,7 @@ def test_tied_weights_need_be_stored_only_once(tmp_path):
 def test_slots_and_context_are_the_engines(folder):
     engine = LocalEngine(causal_lm.load(str(folder)), LocalSettings(slots=2, max_tokens=16))
     with pytest.raises(EngineError, match="exceed 16"):
-        asyncio.run(generate(Prefixes(engine, 10), [1] * 12, 1))
+        asyncio.run(Prefixes(engine, 10).generate([1] * 12, 6, 1, Sampling(), frozenset()))
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def test_a_step_is_a_line_with_reward_tokens_per_second_and_sharing() -> None:
 
 @pytest.mark.parametrize("changed", ["reward/mean", "tokens/flat", "eval/greedy/pass@1", "eval/sampled/maj@4/high"])
 def test_the_learning_curve_shows_rewards_tokens_and_accuracies_with_intervals(config: Config, changed: str) -> None:
-    folder = RunFolder(config, resume=False)
+    folder = RunFolder(config.out, {}, resume=False)
     assert draw_curve(folder) is None
     for step in (STEP, EVALUATION):
         for n in (1, 2):

@@ -1,7 +1,7 @@
 """Engines: token ids in, token ids and log-probs out.
 
-An engine keeps nothing that a tree does not already say. `open` gives one handle per tree, so that an engine can keep
-the tree's key-values and a pool of servers can keep a tree on one replica.
+An engine only caches: everything that it keeps can be computed again from the tree. `open` gives one handle per tree,
+so that an engine can keep the tree's key-values and a pool of servers can keep a tree on one replica.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Handle(Protocol):
         """Continue the prefix that ends with `node` by 1 to `max_tokens` tokens, or until a stop id.
 
         The reply is a function of the prefix, `max_tokens` and `seed` (to the last bits of floating point). Raises
-        `EngineError` if no reply can be had. Cancelling the call abandons the request.
+        `EngineError` if the engine cannot reply. Cancelling the call abandons the request.
         """
         ...
 
     def close(self) -> None:
-        """Forget the tree. Requests under way must have been awaited or cancelled."""
+        """Forget the tree. The caller has awaited or cancelled all its requests."""
         ...
 
 
@@ -63,7 +63,7 @@ class Engine(Protocol):
     """Most tokens of a tree, prompt included, each counted once."""
 
     async def start(self) -> None:
-        """Reach whatever decodes, so that what is amiss is said before anything takes long; more calls do nothing.
+        """Reach what decodes, so that problems are reported before anything takes long; more calls do nothing.
 
         From now on `context` and `tree_tokens` are known. All calls belong to one event loop from the first to `close`.
         Raises `EngineError`.
@@ -83,7 +83,7 @@ class Engine(Protocol):
 
         `max_tokens`: most tokens that the tree will ever hold, prompt included (None: not known), so that an engine of
         limited memory knows which trees it can grow side by side. `entropies`: its segments come with them; that is the
-        entropy after temperature, but before top-k and top-p. Raises `EngineError` if that cannot be had.
+        entropy after temperature, but before top-k and top-p. Raises `EngineError` if the engine cannot do that.
         """
         ...
 
@@ -95,5 +95,5 @@ class Engine(Protocol):
         ...
 
     async def close(self) -> None:
-        """Let go of connections and memory. No tree may be open."""
+        """Free connections and memory. No tree may be open."""
         ...

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Discriminator, Field, Tag
 
+from treepo.policies.repetition import RepetitionScan
+from treepo.policies.response_text import ResponseText, ScanT
 from treepo.settings import Settings
-from treepo.tasks.math import boxed
+from treepo.tasks.math import BoxScan
 from treepo.tree import Stop
 from treepo.user_code import Custom, kind_of, one_of
 
@@ -17,13 +19,33 @@ from treepo.user_code import Custom, kind_of, one_of
 class Stopping(Protocol):
     """Decides after every segment whether the path becomes a leaf."""
 
-    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+    def __call__(self, text: ResponseText, *, eos: bool, length: bool, depth: bool) -> Stop | None:
         """Judge the whole response so far.
 
-        `text()` decodes it (only if asked); `eos`: its last token is an EOS; `length`: the response budget is spent;
+        `text()` is the response as a string. `eos`: its last token is an EOS; `length`: the response budget is spent;
         `depth`: it has as many segments as it may. A path at one of these two bounds ends whatever is returned.
+
+        A rule that searches long responses may use `text.scan(...)` instead, which reads only what is new.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StringScan:
+    """`found`: one of `strings` is in the text that was read."""
+
+    strings: tuple[str, ...]
+    found: bool = False
+    overlap: str = ""  # the last characters: one fewer than the longest string has
+
+    def after(self, text: str) -> StringScan:
+        """What is known once `text` is read as well."""
+        if self.found or not text:
+            return self
+        text = self.overlap + text
+        longest = max(map(len, self.strings))
+        found = any(string in text for string in self.strings)
+        return StringScan(self.strings, found, text[max(0, len(text) - longest + 1) :])
 
 
 class EarlyStop(Settings):
@@ -46,11 +68,10 @@ class EarlyStop(Settings):
     repetition_chars: int = Field(32, ge=1, description="Length of the substring that counts as a repeat.")
     repetition_count: int = Field(8, ge=0, description="So many occurrences end the path; 0 switches the rule off.")
 
-    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
-        response = text()
-        if (self.answer == "alone" or (self.answer == "with_eos" and eos)) and boxed(response) is not None:
+    def __call__(self, text: ResponseText | Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+        if (self.answer == "alone" or (self.answer == "with_eos" and eos)) and _scanned(text, BoxScan()).closed:
             return Stop.ANSWER
-        if any(string in response for string in self.stop_strings):
+        if self.stop_strings and _scanned(text, StringScan(self.stop_strings)).found:
             return Stop.STOP_STRING
         if eos:
             return Stop.EOS
@@ -58,17 +79,15 @@ class EarlyStop(Settings):
             return Stop.LENGTH
         if depth:
             return Stop.DEPTH
-        return Stop.REPETITION if self._repeats(response) else None
+        if not self.repetition_count:
+            return None
+        repetition = RepetitionScan(self.repetition_chars, self.repetition_count)
+        return Stop.REPETITION if _scanned(text, repetition).found else None
 
-    def _repeats(self, response: str) -> bool:
-        chars, count = self.repetition_chars, self.repetition_count
-        if not count:
-            return False
-        windows = [response[i : i + chars] for i in range(len(response) - chars + 1)]
-        # Most text repeats nothing: one that occurs `count` times leaves that many fewer distinct ones.
-        if len(windows) - len(set(windows)) < count - 1:
-            return False
-        return max(Counter(windows).values(), default=0) >= count
+
+def _scanned(text: ResponseText | Callable[[], str], start: ScanT) -> ScanT:
+    """What `start` knows after the whole text, which may also be a plain function that returns it."""
+    return text.scan(start) if isinstance(text, ResponseText) else start.after(text())
 
 
 class CustomStopping(Custom):
@@ -76,7 +95,7 @@ class CustomStopping(Custom):
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Stopping.__call__}
 
-    def __call__(self, text: Callable[[], str], *, eos: bool, length: bool, depth: bool) -> Stop | None:
+    def __call__(self, text: ResponseText, *, eos: bool, length: bool, depth: bool) -> Stop | None:
         stop: Any = self.made(text, eos=eos, length=length, depth=depth)
         if stop is None or (isinstance(stop, Stop) and stop is not Stop.ERROR):
             return stop

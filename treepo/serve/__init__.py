@@ -1,1 +1,1 @@
-"""A small inference server over the local engine: `treepo serve`. It speaks as vLLM and SGLang do, in token ids."""
+"""A small inference server over the local engine: `treepo serve`. It speaks the protocols of vLLM and SGLang."""

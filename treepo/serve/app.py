@@ -27,12 +27,12 @@ from treepo.serve.schemas import BadRequestError, Body, Job, Server
 Parse = Callable[[Body, Server], Job]
 Write = Callable[[Job, Answer, Server], dict[str, Any]]
 Endpoint = Callable[[Request], Awaitable[Response]]
-GONE = 499  # nobody reads it
+GONE = 499  # the client has gone, so nobody reads the reply
 SGLANG = ("/generate", "/load_lora_adapter", "/unload_lora_adapter")
 
 
 def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_key: str | None = None) -> Starlette:
-    """The application; with an `api_key`, only requests that bear it are answered (`/health` needs none)."""
+    """The application; with an `api_key`, requests other than `/health` need it as their bearer token."""
 
     def generating(parse: Parse, write: Write) -> Endpoint:
         async def endpoint(request: Request) -> Response:
@@ -119,7 +119,7 @@ def build_app(model: PreTrainedModel, prefixes: Prefixes, server: Server, api_ke
 
 
 async def unless_gone(request: Request, call: Awaitable[Answer]) -> Answer | None:
-    """The result of `call`; None, and `call` is cancelled, once the client has gone."""
+    """The result of `call`; if the client goes away before, `call` is cancelled and the result is None."""
     work = asyncio.ensure_future(call)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -132,9 +132,10 @@ async def unless_gone(request: Request, call: Awaitable[Answer]) -> Answer | Non
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the safetensors of `folder` into `model`; raises `ConfigError`, before anything is changed, if they differ.
+    """Copy the safetensors of `folder` into `model`, after removing its adapter if it has one.
 
-    Tied weights need not be there. An adapter is taken out.
+    Of tied weights one is enough. Raises `ConfigError` if the folder cannot be read or has other names or shapes than
+    the model; then the model's own weights are unchanged.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
@@ -156,13 +157,13 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 def replace_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Give `model` the adapter in `folder` in place of the one that it may have; raises `ConfigError`."""
+    """Give `model` the adapter in `folder`, after removing the one that it may have; raises `ConfigError`."""
     lora.detach(model)
     lora.restore(model, folder)
 
 
 def _guarded(endpoint: Endpoint, api_key: str | None, *, sglang: bool) -> Endpoint:
-    """`endpoint` for those who have the key, with errors in the form of whom it imitates."""
+    """`endpoint`, which also checks the key and reports errors in the form of the server that it imitates."""
 
     async def guarded(request: Request) -> Response:
         given = request.headers.get("authorization", "")

@@ -1,8 +1,8 @@
-"""What requests have in common: a tree per prompt, whose key-values stay for the next request that begins alike.
+"""What requests have in common: the prefixes of each prompt, whose key-values stay for later requests.
 
-Requests are independent of each other and carry their whole prefix, yet the local engine wants trees. So each request
-is looked up: it belongs to the tree whose prompt it begins with, below the node with which it has most in common. What
-the tree does not hold yet joins it, as does the reply.
+Requests are independent of each other and carry their whole prefix. So each request is looked up: it belongs to the
+longest known prompt with which it begins, below the node with which it has most tokens in common. What is not known yet
+joins the prefixes of that prompt, as does the reply.
 """
 
 from __future__ import annotations
@@ -14,45 +14,49 @@ from dataclasses import dataclass
 from itertools import count
 
 from treepo.engines import Sampling, Segment
-from treepo.engines.local.engine import LocalEngine, LocalHandle
-from treepo.tree import ROOT, Tree
+from treepo.engines.local.engine import LocalEngine
+from treepo.engines.local.request_queue import Session
+from treepo.serve.radix import RadixNode
 
 
 @dataclass(slots=True, eq=False)
-class _Open:
-    tree: Tree
-    handle: LocalHandle
-    tokens: int  # in the tree, prompt included, each counted once
-    used: int = 0  # when it was last, in requests
-    running: int = 0
+class KnownPrompt:
+    """A prompt, what is known below it, and the engine's session with the key-values."""
+
+    root: RadixNode
+    session: Session
+    tokens: int  # in the prompt and below, each counted once
+    used: int = 0  # number of the last request that used it
+    running: int = 0  # requests under way
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A segment, and how much of its prefix was there already."""
+    """A segment, and how much of its prefix was known already."""
 
     segment: Segment
     cached_tokens: int
-    weights: str  # what those were called that sampled it
+    weights: str  # the name of the weights that sampled it
 
 
 class NotLoadedError(Exception):
-    """A request wants an adapter that is not there, or none where one is."""
+    """A request wants an adapter that is not loaded, or wants the base model while an adapter is loaded."""
 
 
 class Prefixes:
-    """Answers requests on `engine`, and keeps at most `tokens` tokens of key-values that no request under way needs.
+    """Answers requests on `engine`, and keeps the key-values of at most `tokens` tokens between requests.
 
-    The least recently used trees go first. Requests under way are never given up for want of room.
+    The least recently used prompts are dropped first, with everything below them. A prompt with requests under way is
+    kept even if there are too many tokens.
     """
 
     def __init__(self, engine: LocalEngine, tokens: int) -> None:
         self.engine, self.tokens = engine, tokens
-        self.adapter: str | None = None  # the one that the model has
-        self._base = "default"  # what the other weights are called, by whoever sent them
-        self.running = 0
-        self.kept = 0
-        self._trees: dict[tuple[int, ...], _Open] = {}  # by prompt
+        self.adapter: str | None = None  # the one that the model has; None: it has none
+        self._base = "default"  # the name of the weights without adapter
+        self.running = 0  # requests under way
+        self.kept = 0  # tokens of all known prompts
+        self._prompts: dict[tuple[int, ...], KnownPrompt] = {}  # by token ids
         self._lengths: Counter[int] = Counter()  # of the prompts
         self._clock, self._names = count(1), count(1)
         self._free, self._idle = asyncio.Event(), asyncio.Event()
@@ -61,11 +65,11 @@ class Prefixes:
         self._updates = asyncio.Lock()
 
     def __len__(self) -> int:
-        return len(self._trees)
+        return len(self._prompts)
 
     @property
     def weights(self) -> str:
-        """What the weights are called that are decoded with."""
+        """The name of the weights that are decoded with."""
         return self.adapter or self._base
 
     async def generate(
@@ -87,18 +91,24 @@ class Prefixes:
         self.running += 1
         self._idle.clear()
         try:
-            found, node, known = await self._place(ids)
-            found.running += 1
-            found.used = next(self._clock)
+            prompt, node, known = self._place(ids)
+            prompt.running += 1
+            prompt.used = next(self._clock)
             name = next(self._names)
             try:
-                segment = await found.handle.generate(
-                    node, max_tokens, seed, name=name, sampling=sampling, stop_ids=stop_ids
+                segment = await self.engine.generate(
+                    prompt.session,
+                    node.prefix(),
+                    max_tokens,
+                    name=name,
+                    seed=seed,
+                    sampling=sampling,
+                    stop_ids=stop_ids,
                 )
-                self._grow(found, node, segment.tokens, segment.logprobs, name)
+                self._grow(prompt, node, segment.tokens, name)
                 return Answer(segment, known, self.weights)
             finally:
-                found.running -= 1
+                prompt.running -= 1
         finally:
             self.running -= 1
             if not self.running:
@@ -106,13 +116,13 @@ class Prefixes:
             self._evict(self.tokens)
 
     def flush(self) -> None:
-        """Forget all that no request under way needs."""
+        """Forget every prompt without a request under way."""
         self._evict(0)
 
     async def update(self, weights: str | None, load: Callable[[], None], adapter: str | None = None) -> None:
-        """Have `load` change the weights to those called `weights` (None: as ever), or give them another `adapter`.
+        """Call `load`, which changes the weights, once all requests under way are answered; later ones wait for it.
 
-        That is once all requests under way are answered; later ones wait until it is done.
+        `weights`: the new name of the weights without adapter; None: it stays. `adapter`: the one that `load` puts in.
         """
         async with self._updates:
             self._free.clear()
@@ -126,72 +136,40 @@ class Prefixes:
             finally:
                 self._free.set()
 
-    async def _place(self, ids: Sequence[int]) -> tuple[_Open, int, int]:
-        """The tree of `ids`, the node with which they end there, and how many of them the tree held before."""
-        prompt = next((p for n in sorted(self._lengths, reverse=True) if (p := tuple(ids[:n])) in self._trees), None)
-        if prompt is None:
-            tree = Tree(ids)
-            found = _Open(tree, await self.engine.open(tree, Sampling(), ()), 0)
-            self._trees[tuple(ids)] = found
+    def _place(self, ids: Sequence[int]) -> tuple[KnownPrompt, RadixNode, int]:
+        """The prompt of `ids`, the node with which they end there, and how many of them were known before."""
+        key = next((p for n in sorted(self._lengths, reverse=True) if (p := tuple(ids[:n])) in self._prompts), None)
+        if key is None:
+            session = self.engine.open_session("the prompt", asks_again=False)
+            prompt = KnownPrompt(RadixNode(None, list(ids), next(self._names), 0, 0), session, len(ids))
+            self._prompts[tuple(ids)] = prompt
             self._lengths[len(ids)] += 1
-            found.tokens = len(ids)
             self.kept += len(ids)
-            return found, ROOT, 0
-        found = self._trees[prompt]
-        node, known = longest(found.tree, ids)
+            return prompt, prompt.root, 0
+        prompt = self._prompts[key]
+        node = prompt.root.longest(ids)
+        known = node.end
         if known < len(ids):
-            rest = ids[known:]
-            node = self._grow(found, node, rest, [0.0] * len(rest), next(self._names))
-        return found, node, known
+            node = self._grow(prompt, node, ids[known:], next(self._names))
+        return prompt, node, known
 
-    def _grow(self, found: _Open, node: int, tokens: Sequence[int], logprobs: Sequence[float], name: int) -> int:
-        found.tokens += len(tokens)
+    def _grow(self, prompt: KnownPrompt, node: RadixNode, tokens: Sequence[int], name: int) -> RadixNode:
+        prompt.tokens += len(tokens)
         self.kept += len(tokens)
-        return found.tree.add(node, tokens, logprobs, seed=name)
+        return node.add(tokens, name)
 
     def _evict(self, tokens: int) -> None:
+        """Drop prompts without a request under way until at most `tokens` tokens are kept."""
         if self.kept <= tokens:
             return
-        for prompt, found in sorted(self._trees.items(), key=lambda item: item[1].used):
+        for key, prompt in sorted(self._prompts.items(), key=lambda item: item[1].used):
             if self.kept <= tokens:
                 return
-            if found.running:
+            if prompt.running:
                 continue
-            found.handle.close()
-            del self._trees[prompt]
-            self._lengths[len(prompt)] -= 1
-            if not self._lengths[len(prompt)]:
-                del self._lengths[len(prompt)]
-            self.kept -= found.tokens
-
-
-def longest(tree: Tree, ids: Sequence[int]) -> tuple[int, int]:
-    """The node of `tree` whose path is the longest beginning of `ids` there is, and its length.
-
-    The tree's prompt must be one. A node that agrees with `ids` only at first is cut there.
-    """
-    best = (len(tree.prompt), ROOT, 0)  # tokens in common, the node, and how many of its own are among them (0: all)
-    waiting = [ROOT]
-    while waiting:
-        for child in tree.children[waiting.pop()]:
-            node = tree.nodes[child]
-            same = _common(node.tokens, ids, node.start)
-            whole = same == len(node.tokens)
-            if same and node.start + same > best[0]:
-                best = (node.start + same, child, 0 if whole else same)
-            if whole:
-                waiting.append(child)
-    length, last, at = best
-    return (tree.split(last, at) if at else last), length
-
-
-def _common(tokens: Sequence[int], ids: Sequence[int], begin: int) -> int:
-    """How many of `tokens` equal those of `ids` from `begin` on."""
-    if begin >= len(ids) or tokens[0] != ids[begin]:
-        return 0
-    same = 0
-    for token, other in zip(tokens, ids[begin : begin + len(tokens)], strict=False):
-        if token != other:
-            break
-        same += 1
-    return same
+            self.engine.close_session(prompt.session)
+            del self._prompts[key]
+            self._lengths[len(key)] -= 1
+            if not self._lengths[len(key)]:
+                del self._lengths[len(key)]
+            self.kept -= prompt.tokens

@@ -1,6 +1,6 @@
 """Requests and replies of vLLM and SGLang, as far as they are about token ids.
 
-What a request asks for and this server does not do is refused, never left out.
+If a request asks for something that this server does not do, it is refused. Nothing is ignored silently.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from treepo.serve.prefixes import Answer
 
 Body = Mapping[str, Any]
 
-# Without effect here; and what they must be, for anything else would have one.
+# `IGNORED` parameters do not change the tokens of a reply. `NEUTRAL` parameters would, so only values that have no
+# effect are accepted.
 IGNORED = frozenset(
     (
         *("user", "request_id", "rid", "priority", "cache_salt", "stream_options", "metadata", "detokenize"),
@@ -44,7 +45,7 @@ class BadRequestError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A request, understood."""
+    """A request in our own terms."""
 
     ids: list[int]
     max_tokens: int
@@ -57,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """What requests and replies depend on beside each other."""
+    """What requests and replies depend on: the model, its tokenizer and its limits."""
 
     model: str
     context: int
@@ -78,7 +79,7 @@ def vllm_generate(body: Body, server: Server) -> Job:
 
 
 def completions(body: Body, server: Server) -> Job:
-    """A body of `/v1/completions`; the prompt is token ids or text, and only one."""
+    """A body of `/v1/completions`; its prompt is one list of token ids, or one text."""
     _require_known(body, "model", "prompt", *VLLM, "logprobs")
     prompt = body.get("prompt")
     ids = _ids(server.encode(prompt) if isinstance(prompt, str) else prompt, "prompt", server)
@@ -95,7 +96,7 @@ def sglang(body: Body, server: Server) -> Job:
     ids = _ids(server.encode(text) if isinstance(text, str) else body.get("input_ids"), "input_ids", server)
     most = _most(params.get("max_new_tokens"), 128, ids, server)
     job = _job(ids, params, most, SG_SEED, server, bool(body.get("return_logprob")), body.get("lora_path"))
-    # There, ignore_eos switches all stop ids off.
+    # In SGLang, ignore_eos switches all stop ids off.
     return replace(job, stop_ids=frozenset()) if params.get("ignore_eos") else job
 
 
@@ -184,7 +185,7 @@ def sglang_reply(job: Job, answer: Answer, server: Server) -> dict[str, Any]:
 
 
 def adapter_of(body: Body) -> tuple[str, str | None]:
-    """The name of an adapter and its folder, if that is said, in a body of `/load_lora_adapter` and its like."""
+    """The name of an adapter, and its folder if there is one, in a body of `/load_lora_adapter` and similar paths."""
     name, folder = body.get("lora_name"), body.get("lora_path")
     if not isinstance(name, str) or not name or not isinstance(folder, str | None):
         raise BadRequestError("lora_name must be a name, and lora_path a folder.")
@@ -192,7 +193,7 @@ def adapter_of(body: Body) -> tuple[str, str | None]:
 
 
 def _adapter(body: Body, server: Server) -> str | None:
-    """The adapter that a request to vLLM names; any other name is taken for one, too."""
+    """The adapter that a request to vLLM names: any name other than the model's."""
     name = body.get("model")
     return None if name in (None, server.model) else str(name)
 
@@ -238,7 +239,7 @@ def _job(
 
 
 def _most(given: Any, default: int, ids: list[int], server: Server) -> Any:
-    """`given`, or `default` as far as there is room."""
+    """`given`, or `default` cut to the room that the context has left."""
     return max(1, min(default, server.context - len(ids))) if given is None else given
 
 
@@ -282,7 +283,7 @@ def _usage(job: Job, answer: Answer) -> dict[str, Any]:
 
 
 def models(server: Server, adapter: str | None) -> dict[str, Any]:
-    """The reply of `/v1/models`: the model, and after it the `adapter` that it has."""
+    """The reply of `/v1/models`: the model, and then its `adapter` if it has one."""
     card = {"object": "model", "created": int(time.time()), "owned_by": "treepo", "max_model_len": server.context}
     cards = [{"id": server.model, **card, "root": server.model, "parent": None}]
     if adapter is not None:
@@ -291,7 +292,7 @@ def models(server: Server, adapter: str | None) -> dict[str, Any]:
 
 
 def description(paths: Mapping[str, Collection[str]], version: str) -> dict[str, Any]:
-    """As much of an OpenAPI description as says which paths there are."""
+    """An OpenAPI description of the paths alone; clients find out from it which dialects are served."""
     listed: dict[str, Any] = {
         path: {method.lower(): {"responses": {}} for method in methods} for path, methods in paths.items()
     }

@@ -1,19 +1,22 @@
 r"""Boxed answers: find the last `\boxed{...}` of a text, and compare two answers as mathematics.
 
-`boxed` is pure string work and cheap: the sampler calls it for every segment. `equivalent` runs sympy, which may
-take arbitrarily long on an unlucky expression, and is therefore only called inside a bounded process.
+`boxed` is pure string work and cheap. `BoxScan` says of a text that grows whether a box is closed. `equivalent` runs
+sympy, which may take arbitrarily long on an unlucky expression, and is therefore only called inside a bounded process.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 # A doubled backslash is LaTeX's line break, so a brace after it is not escaped; but models also write `\\boxed{3}`
 # where they mean one backslash, and that is accepted.
 _BRACES = re.compile(r"(?P<box>\\boxed\s*\{)|\\\\(?!boxed)|\\[{}]|(?P<open>\{)|(?P<close>\})")
+# At the end of a text that goes on: what may become one of these. A backslash, or two, and a beginning of `boxed {`.
+_GROWING = re.compile(r"(?P<undecided>\\\\?(?:b(?:o(?:x(?:e(?:d\s*)?)?)?)?)?\Z)|" + _BRACES.pattern)
 
 
 def boxed(text: str) -> str | None:
@@ -36,6 +39,42 @@ def boxed(text: str) -> str | None:
             if start and (last is None or start > last[0]):
                 last = start, brace.start()
     return text[slice(*last)] if last is not None else None
+
+
+Braces = tuple[bool, "Braces | None"]
+"""Open braces, the innermost first: whether it opens a box, and the braces around it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BoxScan:
+    r"""`closed`: `boxed` finds something in the text that was read. Work is linear in what is read."""
+
+    closed: bool = False
+    begun: bool = False  # a `\boxed` was seen; braces before it do not count
+    opened: Braces | None = None
+    undecided: str = ""  # the end of the text, which is read again together with what follows
+
+    def after(self, text: str) -> BoxScan:
+        """What is known once `text` is read as well."""
+        if self.closed or not text:
+            return self
+        text, start, opened = self.undecided + text, 0, self.opened
+        if not self.begun:
+            start = text.find(r"\boxed")
+            if start < 0:
+                return BoxScan(undecided=text[-5:])  # the beginning of a \boxed has at most 5 characters
+        for brace in _GROWING.finditer(text, start):
+            if brace.lastgroup == "undecided":
+                return BoxScan(False, True, opened, brace.group())
+            if brace.lastgroup == "box":
+                opened = True, opened
+            elif brace.lastgroup == "open":
+                opened = False, opened
+            elif brace.lastgroup == "close" and opened is not None:
+                is_box, opened = opened
+                if is_box:
+                    return BoxScan(closed=True)
+        return BoxScan(False, True, opened)
 
 
 def equivalent(answer: str, given: str) -> bool:

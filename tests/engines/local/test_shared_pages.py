@@ -7,8 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treepo.engines.local.shared_pages import Name, Pages, Reads, names
-from treepo.engines.local.tree_cache import Kept, Span
+from treepo.engines.local.engine import prefix_of
+from treepo.engines.local.kv_store import KVStore
+from treepo.engines.local.prefix import Span
+from treepo.engines.local.shared_pages import PageName, Pages, Reads, page_names
 from treepo.tree import ROOT, Stop, Tree
 
 LAYERS, HEADS, SIZE, D = 2, 3, 4, 5
@@ -19,24 +21,29 @@ def test_a_page_is_named_by_the_segment_that_holds_its_last_position() -> None:
     first = tree.add(ROOT, [2] * 5, [0.0] * 5, seed=10)
     left = tree.add(first, [3] * 8, [0.0] * 8, seed=11)
     right = tree.add(first, [3] * 3, [0.0] * 3, seed=12)
-    kept = Kept(tree, 100)
+    kept = KVStore(100)
     # Key-values are those of all tokens but the last: the prompt's lie at 0 to 5, the first segment's from there to 10.
-    assert names(kept, kept.spans(ROOT), 4) == [(kept, 0, None)]
-    assert names(kept, kept.spans(first), 4) == [(kept, 0, None), (kept, 1, 10)]
-    assert names(kept, kept.spans(left), 4) == [(kept, 0, None), (kept, 1, 10), (kept, 2, 11), (kept, 3, 11)]
-    assert names(kept, kept.spans(right), 4) == [(kept, 0, None), (kept, 1, 10), (kept, 2, 12)]
-    assert names(kept, kept.spans(right), 5) == [(kept, 0, None), (kept, 1, 10)]
+    assert page_names(kept, prefix_of(tree, ROOT).spans, 4) == [(kept, 0, None)]
+    assert page_names(kept, prefix_of(tree, first).spans, 4) == [(kept, 0, None), (kept, 1, 10)]
+    assert page_names(kept, prefix_of(tree, left).spans, 4) == [
+        (kept, 0, None),
+        (kept, 1, 10),
+        (kept, 2, 11),
+        (kept, 3, 11),
+    ]
+    assert page_names(kept, prefix_of(tree, right).spans, 4) == [(kept, 0, None), (kept, 1, 10), (kept, 2, 12)]
+    assert page_names(kept, prefix_of(tree, right).spans, 5) == [(kept, 0, None), (kept, 1, 10)]
     # A cut leaves the pages before it what they were.
     tree.finish(left, Stop.LENGTH)
     node = tree.node_after(left, 5 + 5)
-    assert names(kept, kept.spans(node), 4) == [(kept, 0, None), (kept, 1, 10), (kept, 2, 11)]
-    assert names(kept, [], 4) == []
+    assert page_names(kept, prefix_of(tree, node).spans, 4) == [(kept, 0, None), (kept, 1, 10), (kept, 2, 11)]
+    assert page_names(kept, [], 4) == []
 
 
 def test_spans_that_end_with_a_page_fill_it() -> None:
-    kept = Kept(Tree([1]), 100)
+    kept = KVStore(100)
     spans = [Span(None, 0, 4), Span(7, 4, 8), Span(8, 8, 9)]
-    assert names(kept, spans, 4) == [(kept, 0, None), (kept, 1, 7)]
+    assert page_names(kept, spans, 4) == [(kept, 0, None), (kept, 1, 7)]
 
 
 class World:
@@ -44,11 +51,11 @@ class World:
 
     def __init__(self) -> None:
         self.pages = Pages(SIZE, torch.empty(LAYERS, 2, 0, HEADS, 0, D))
-        self.contents: dict[Name, Tensor] = {}
-        self.asked: list[Name] = []
+        self.contents: dict[PageName, Tensor] = {}
+        self.asked: list[PageName] = []
 
-    def arrange(self, readers: dict[Name, list[int]]) -> None:
-        def read(name: Name) -> Tensor:
+    def arrange(self, readers: dict[PageName, list[int]]) -> None:
+        def read(name: PageName) -> Tensor:
             self.asked.append(name)
             self.contents[name] = torch.full((LAYERS, 2, HEADS, SIZE, D), float(len(self.asked)))
             return self.contents[name]
@@ -84,10 +91,10 @@ histories = st.lists(
 
 @given(histories)
 def test_after_any_history_every_row_sees_its_own_pages_once(history: list[list[tuple[int, list[int]]]]) -> None:
-    world, trees = World(), [Kept(Tree([1]), 1) for _ in range(2)]
-    there: set[Name] = set()
+    world, trees = World(), [KVStore(1) for _ in range(2)]
+    there: set[PageName] = set()
     for rows in history:
-        readers: dict[Name, list[int]] = {}
+        readers: dict[PageName, list[int]] = {}
         paths = []
         for slot, (tree, turns) in enumerate(rows):  # a row is a path of turns in one of the trees
             paths.append([(trees[tree], i, hash(tuple(turns[: i + 1]))) for i in range(len(turns))])

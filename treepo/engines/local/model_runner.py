@@ -1,4 +1,4 @@
-"""Key-values while decoding: rows of slots, and the plans that fill and read them."""
+"""The forward passes of the engine: the cache of the slots, the plans that fill and read it, and prefill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from treepo.models.attention import Plan, plan_for
 from treepo.models.causal_lm import hidden, logits
 
 ROUND = 16  # keys are attended to in multiples of this many: aligned masks for CUDA, fewer shapes for CPU kernels
-FEW = range(3, 9)  # so many queries MKL multiplies up to twice as fast from the right
+FEW = range(3, 9)  # with so many queries, MKL multiplies keys by queries up to twice as fast as queries by keys
 FIRST = 128  # positions of the first allocation: short contexts are allocated once
 PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 
@@ -25,24 +25,24 @@ PREFILL_TOKENS = 8192  # of one pass, unless a single prefix is longer
 class Cache:
     """Key-values of all slots in one tensor [layers, 2, slots, K, length, d]; grows by doubling up to its limits.
 
-    Zeroed when made: attention gives stale positions the weight 0, and only a finite number times 0 is 0.
+    New memory is zeroed. Attention gives positions that are not in use the weight 0, and 0 times infinity would be NaN.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, length: int) -> None:
-        # One token through the model shows what it caches, whatever its configuration calls it.
+        # One token through the model shows what it caches. Configurations have different names for these sizes.
         (probe,) = prefill(model, [[0]])  # [layers, 2, K, 1, d]
         self.token_bytes = probe.nbytes
         self.limits = slots, -(-length // ROUND) * ROUND
         self._kv = probe.new_zeros((*probe.shape[:2], 0, probe.shape[2], 0, probe.shape[4]))
 
     def reserve(self, slots: int, length: int) -> None:
-        """Have room for `length` positions in each of `slots` slots, and keep what there is."""
+        """Make room for `length` positions in each of `slots` slots; what is stored stays."""
         old = self._kv
         have = old.shape[2], old.shape[4]
         if slots <= have[0] and length <= have[1]:
             return
         wanted = slots, max(-(-length // ROUND) * ROUND, FIRST)
-        # Twice what there is, or all at once if the next step would need nearly that.
+        # Twice the present size, or the limit at once if twice what is wanted would reach it.
         n, t = (
             had if want <= had else limit if limit <= 2 * want else max(want, 2 * had)
             for want, had, limit in zip(wanted, have, self.limits, strict=True)
@@ -96,10 +96,10 @@ class Decode:
 
 
 class Shared(Decode):
-    """The same for rows that read their first positions in pages and have only their tails in slots.
+    """`Decode` for rows that read their first positions in pages and have only their tails in slots.
 
-    Tails and pages are attended to apart, each page by all its readers at once; the parts of a row are merged by their
-    log-sum-exps, which is exact.
+    Tails and pages are attended to separately, each page by all its readers at once. The parts of a row are merged by
+    their log-sum-exps, which is exact.
     """
 
     def __init__(self, cache: Cache, positions: Tensor, longest: int, reads: Reads) -> None:
@@ -143,10 +143,10 @@ def _part(q: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | 
 class Steps:
     """Logits [n, V] that follow one token in each of the first n slots of a cache.
 
-    On CUDA a step of a small model waits for the launch of its kernels. So there `graphs` records them once for each
-    pair of sizes (rows and keys, both rounded up to a power of two) and replays them on tensors that stay in place.
-    Rows of padding, whatever is left in them, lie in slots that are not in use. A graph holds addresses: a cache that
-    has grown takes new ones.
+    On CUDA a small model spends most of a step on launching kernels. So `graphs` records the kernels once for each pair
+    of sizes (rows and keys, both rounded up to a power of two) and replays them on tensors that stay in place. Rows of
+    padding use slots that are not in use, so that it does not matter what they compute. A graph holds addresses, so the
+    steps are recorded again when the cache has grown.
     """
 
     def __init__(self, model: PreTrainedModel, cache: Cache, plan: type[Decode], *, graphs: bool) -> None:
@@ -161,7 +161,7 @@ class Steps:
     def __call__(self, ids: Tensor, positions: Tensor, longest: int, reads: Reads | None = None) -> Tensor:
         """`ids` and `positions` [n] int64 of the tokens; `longest` is the largest place in a slot plus 1.
 
-        Without `reads` that place is the position. What pages they say changes too often to record a step.
+        Without `reads` that place is the position. Steps with `reads` are not recorded: the pages change too often.
         """
         n = len(ids)
         if not self.graphs or reads is not None:
@@ -186,7 +186,7 @@ class Steps:
         return logits(self._model, hidden(self._model, ids[:, None], positions[:, None], plan)[:, 0])
 
     def _record(self, ids: Tensor, positions: Tensor, keys: int) -> tuple[Tensor, Tensor, Callable[[], None], Tensor]:
-        """Tensors to fill, what then computes, and where the logits come out; without CUDA nothing is recorded."""
+        """Tensors to fill, a function that then computes, and the logits; without CUDA nothing is recorded."""
         out = self._forward(ids, positions, keys)  # the step itself: done again it writes the same key-values
         if not ids.is_cuda:
 
@@ -206,7 +206,7 @@ class Steps:
 
 
 class Recorded:
-    """A plan that keeps the key-values it is shown."""
+    """A plan that also keeps the key-values of every layer."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -241,7 +241,7 @@ def _packed_pass(model: PreTrainedModel, prefixes: Sequence[Sequence[int]]) -> t
 
 @contextmanager
 def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients and no dropout inside; outside, the trainer finds its module as it left it."""
+    """No gradients and no dropout inside; afterwards the modules are in the mode that they were in before."""
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
@@ -255,7 +255,7 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def out_of_memory(slots: int) -> Iterator[None]:
-    """Memory that runs out is the world's fault, an `EngineError`; any other error is a bug and passes."""
+    """Turn an error for lack of memory into an `EngineError`; any other error passes."""
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """Key-values that several rows read, each once per step.
 
-A path is divided into *pages*: page i of size S holds the positions S * i to S * (i + 1). The segment that holds a
-page's last position determines the path up to there, so it names the page. A row reads a first few of its pages
-together with other rows, and keeps the rest of its path, its *tail*, in a slot of its own.
+A prefix is divided into *pages*: page i of size S holds the positions S * i to S * (i + 1). The block of key-values
+that holds a page's last position determines the prefix up to there, so it names the page. A row reads the first few of
+its pages together with other rows, and keeps the rest of its prefix, its *tail*, in a slot of its own.
 
 Rows share a page by being rows of one small matrix: a page that r rows read lies in the *pool* of the next power of
 two, whose pages have room for that many readers. The pages of a pool lie side by side, so that one batched product
@@ -11,26 +11,27 @@ reads them all in place; only queries are gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from treepo.engines.local.tree_cache import Kept, Span
+from treepo.engines.local.kv_store import KVStore
+from treepo.engines.local.prefix import Span
 
 FIRST = 8  # pages of a pool's first allocation
 
-Name = tuple[Kept, int, int | None]
-"""A tree, the number of the page on its path, and the seed of the segment that ends it (None: the prompt)."""
+PageName = tuple[KVStore, int, Hashable]
+"""A store, the number of the page in its prefix, and the name of the block that holds the page's last position."""
 
 
-def names(tree: Kept, spans: Sequence[Span], size: int) -> list[Name]:
-    """The pages of `size` positions that the path of `spans` fills."""
-    found: list[Name] = []
+def page_names(store: KVStore, spans: Sequence[Span], size: int) -> list[PageName]:
+    """The pages of `size` positions that the prefix of `spans` fills."""
+    found: list[PageName] = []
     for span in spans:
-        found += [(tree, page, span.seed) for page in range(len(found), span.end // size)]
+        found += [(store, page, span.name) for page in range(len(found), span.end // size)]
     return found
 
 
@@ -51,9 +52,9 @@ class _Pool:
     def __init__(self, readers: int, empty: Tensor) -> None:
         self.readers = readers
         self.kv = empty  # [layers, 2, capacity, K, S, d], of which the first are in use
-        self.names: list[Name] = []
+        self.names: list[PageName] = []
 
-    def add(self, name: Name, block: Tensor) -> None:
+    def add(self, name: PageName, block: Tensor) -> None:
         n, capacity = len(self.names), self.kv.shape[2]
         if n == capacity:
             old = self.kv
@@ -74,17 +75,17 @@ class Pages:
     """All pages that some row reads."""
 
     def __init__(self, size: int, empty: Tensor) -> None:
-        """`empty` [layers, 2, 0, K, 0, d] says what key-values are like."""
+        """`empty` [layers, 2, 0, K, 0, d]: key-values of no tokens, for their shape, type and device."""
         self.size = size
         self._empty = empty.new_empty((*empty.shape[:4], size, empty.shape[5]))
         self._pools: dict[int, _Pool] = {}  # by the number of readers
-        self._names: set[Name] = set()
+        self._names: set[PageName] = set()
 
-    def __contains__(self, name: Name) -> bool:
+    def __contains__(self, name: PageName) -> bool:
         return name in self._names
 
-    def arrange(self, readers: Mapping[Name, Sequence[int]], read: Callable[[Name], Tensor]) -> None:
-        """Have the pages of `readers`, and no other, each in the pool that its number of readers asks for.
+    def arrange(self, readers: Mapping[PageName, Sequence[int]], read: Callable[[PageName], Tensor]) -> None:
+        """Hold exactly the pages of `readers`, each in the pool for its number of readers.
 
         `read` gives the key-values [layers, 2, K, S, d] of a page that is new.
         """
@@ -104,8 +105,8 @@ class Pages:
             self._pool(home).add(name, read(name))
         self._names = set(homes)
 
-    def reads(self, readers: Mapping[Name, Sequence[int]], begins: Sequence[int]) -> Reads:
-        """What rows that have their tails from `begins` on read, in the pages as they are arranged for `readers`."""
+    def reads(self, readers: Mapping[PageName, Sequence[int]], begins: Sequence[int]) -> Reads:
+        """Which pages the rows read, after `arrange(readers, ...)`; the tail of row i starts at `begins[i]`."""
         device, heads = self._empty.device, self._empty.shape[3]
         n = len(begins)
         head = np.arange(heads)
@@ -119,7 +120,7 @@ class Pages:
             column = np.arange(len(page)) - np.repeat(counts.cumsum() - counts, counts)
             row = np.array([row for name in pool.names for row in readers[name]])
             number = np.array([name[1] for name in pool.names])[page]
-            table = np.zeros((len(counts), heads, pool.readers), np.int64)  # nobody fetches what padding computes
+            table = np.zeros((len(counts), heads, pool.readers), np.int64)  # the padding's results are not used
             table[page, :, column] = row[:, None] * heads + head
             place = total + (page[:, None] * heads + head) * pool.readers + column[:, None]
             parts[row[:, None], head, number[:, None]] = place

@@ -1,4 +1,4 @@
-"""Who lies where: rows in the slots of a cache, and what several of them read in pages."""
+"""Which row has which slot of the cache, and which pages it reads together with other rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from treepo.engines.local.batch import Batch, Row
+from treepo.engines.local.batch import Batch, DecodingRow
+from treepo.engines.local.kv_store import KVBlock
 from treepo.engines.local.model_runner import Steps
-from treepo.engines.local.shared_pages import Name, Pages, Reads
-from treepo.engines.local.tree_cache import Block
+from treepo.engines.local.shared_pages import PageName, Pages, Reads
 
-R = TypeVar("R", bound=Row)
+R = TypeVar("R", bound=DecodingRow)
 
 
 class Slots(Generic[R]):
     """The rows that are decoded, by slot.
 
-    A row that joins reads the pages at the beginning of its path that are there, or that another row in sight wants
-    too, and copies the rest of its prefix to its slot.
+    A row that joins reads the first pages of its prefix together with others, as far as these pages are here already or
+    another row, here or waiting, wants them too. It copies the rest of its prefix to its slot.
     """
 
     def __init__(self, steps: Steps, pages: Pages | None) -> None:
@@ -35,72 +35,72 @@ class Slots(Generic[R]):
         return self.steps(batch.ids, batch.positions, batch.longest, self._reads)
 
     def keep(self, slot: int) -> None:
-        """Leave the key-values of the segment that has ended in `slot` with its tree."""
+        """Copy the key-values of the segment that has ended in `slot` to its store."""
         row = self.rows[slot]
-        first = row.prefix - 1
+        first = row.prefix.length - 1
         kv = self.steps.cache.read(slot, first - row.begin, first - row.begin + len(row.tokens))
-        row.kept.blocks[row.seed] = Block(first, kv)
+        row.store.blocks[row.name] = KVBlock(first, kv)
         row.ended = True
 
-    def change(self, free: Sequence[int], joining: Sequence[R], wanted: Mapping[Name, int]) -> tuple[int, int]:
+    def change(self, free: Sequence[int], joining: Sequence[R], wanted: Mapping[PageName, int]) -> tuple[int, int]:
         """Take the rows out of the slots `free` (ascending), put the rows `joining` in, and close the gaps.
 
-        `wanted` is by how many rows, here or waiting, a page could be read. Returns how many tokens were copied into
-        slots and pages, and how many of the prefixes lay in the right slot already.
+        `wanted` says by how many rows, here or waiting, a page could be read. Returns two numbers of tokens: those that
+        were copied into slots and pages, and those of prefixes that lay in the right slot already.
         """
         cache, free, copied, continued = self.steps.cache, list(free), 0, 0
         for row in joining:
             row.begin = self._begin(row, wanted)
-        room = max((row.prefix - row.begin for row in joining), default=0)
+        room = max((row.prefix.length - row.begin for row in joining), default=0)
         cache.reserve(len(self.rows) - len(free) + len(joining), room)
 
         # A child of the segment that has just ended in a slot goes on there, unless it reads more pages.
-        ended = {(row.kept, row.seed): slot for slot in free if (row := self.rows[slot]).ended}
+        ended = {(row.store, row.name): slot for slot in free if (row := self.rows[slot]).ended}
         moving = []
         for row in joining:
-            parent = (row.kept, row.spans[-1].seed) if row.spans else None
+            parent = (row.store, row.prefix.spans[-1].name) if row.prefix.spans else None
             if parent not in ended or self.rows[ended[parent]].begin != row.begin:
                 moving.append(row)
                 continue
             slot = ended.pop(parent)
             free.remove(slot)
             self.rows[slot] = row
-            continued += row.prefix - 1
+            continued += row.prefix.length - 1
         for row in moving:
             slot = free.pop(0) if free else len(self.rows)
             self.rows[slot : slot + 1] = [row]
-            for begin, block in row.kept.read(row.spans, row.begin, row.prefix - 1):
+            for begin, block in row.store.read(row.prefix.spans, row.begin, row.prefix.length - 1):
                 cache.write(slot, begin - row.begin, block)
-            copied += row.prefix - 1 - row.begin
-        for slot in reversed(free):  # the highest first: the row that fills a gap is never done itself
+            copied += row.prefix.length - 1 - row.begin
+        for slot in reversed(free):  # the highest first, so that the row that fills a gap is not done itself
             last = self.rows.pop()
             if slot < len(self.rows):
-                cache.move(len(self.rows), slot, last.prefix + len(last.tokens) - last.begin)
+                cache.move(len(self.rows), slot, last.prefix.length + len(last.tokens) - last.begin)
                 self.rows[slot] = last
         return copied + self._turn(), continued
 
-    def _begin(self, row: R, wanted: Mapping[Name, int]) -> int:
-        """The position at which the tail of a row begins that joins now."""
+    def _begin(self, row: R, wanted: Mapping[PageName, int]) -> int:
+        """The position at which the tail of a joining row begins."""
         if (pages := self._pages) is None:
             return 0
         return pages.size * sum(1 for _ in takewhile(lambda name: name in pages or wanted[name] > 1, row.pages))
 
     def _turn(self) -> int:
-        """Bring the pages up to date with the rows; the tokens copied into them."""
+        """Bring the pages up to date with the rows; returns how many tokens were copied into them."""
         if (pages := self._pages) is None:
             return 0
-        readers: dict[Name, list[int]] = {}
+        readers: dict[PageName, list[int]] = {}
         for slot, row in enumerate(self.rows):
             for name in row.pages[: row.begin // pages.size]:
                 readers.setdefault(name, []).append(slot)
         copied = 0
 
-        def read(name: Name) -> Tensor:
+        def read(name: PageName) -> Tensor:
             nonlocal copied
             copied += pages.size
             begin = name[1] * pages.size
             row = self.rows[readers[name][0]]
-            return torch.cat([block for _, block in row.kept.read(row.spans, begin, begin + pages.size)], 3)
+            return torch.cat([block for _, block in row.store.read(row.prefix.spans, begin, begin + pages.size)], 3)
 
         pages.arrange(readers, read)
         self._reads = pages.reads(readers, [row.begin for row in self.rows]) if readers else None

@@ -1,8 +1,8 @@
 """Drawing tokens: one vectorised call for all rows, each a pure function of its logits, its seed and its place.
 
 Each row has its own SplitMix64 stream (Steele, Lea and Flood, 2014), started at the seed of the segment. The stream is
-a hash of a counter, so that token `t` of a segment gets the same number whatever rows are decoded beside it, and one
-number is enough: the token is the inverse of the cumulative distribution there.
+a hash of a counter, so that token `t` of a segment gets the same number whichever rows are decoded beside it. One
+number per token is enough: the token is the inverse of the cumulative distribution at that number.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from treepo.engines import Sampling
 
 GAMMA = 0x9E3779B97F4A7C15
-BLOCK = 128  # tokens per partial sum of the distribution: keeps float64 away from all but V / BLOCK numbers
-# Tokens that top-p alone sorts at first, and how many times more where their mass is not enough. Of 150,000 tokens,
-# 1024 take 0.8 ms a row, 8192 take 2 ms, and all take 15 ms: more than a small model.
+BLOCK = 128  # tokens per partial sum of the distribution, so that only V / BLOCK numbers are needed in float64
+# Tokens that top-p sorts at first if there is no top-k, and how many times more where their mass is not enough. With a
+# vocabulary of 150,000, sorting 1024 takes 0.8 ms a row, 8192 take 2 ms, and all take 15 ms: more than a small model.
 NUCLEUS, WIDER = 1024, 8
 
 
@@ -33,11 +33,11 @@ class Draw:
     filtered: Tensor | None  # [f] int64: the rows with top-k or top-p; None: there are none
     top_k: Tensor  # [f, 1] int64
     top_p: Tensor  # [f, 1] float32
-    width: int  # tokens to sort: all that top-k may keep, and most likely all that top-p does
+    width: int  # tokens to sort: all that top-k may keep, and most likely all that top-p keeps
 
     @classmethod
     def of(cls, rows: Sequence[tuple[Sampling, int, int]], vocabulary: int, device: torch.device) -> Draw:
-        """`rows` hold sampling, seed and the tokens of the segment that have been drawn already."""
+        """`rows` hold the sampling, the seed and how many tokens of the segment have been drawn already."""
         temperature = [sampling.temperature for sampling, _, _ in rows]
         filters = {
             row: (min(sampling.top_k or vocabulary, vocabulary), sampling.top_p)
@@ -50,7 +50,7 @@ class Draw:
             torch.tensor([t == 0 for t in temperature], device=device) if 0.0 in temperature else None,
             torch.tensor(list(filters), device=device) if filters else None,
             torch.tensor([[k] for k, _ in filters.values()], device=device),
-            # A running sum may reach 1 before the last token does: infinity, not 1, keeps all.
+            # Rounding may bring a running sum to 1 before the last token: infinity instead of 1 keeps all.
             torch.tensor([[p if p < 1 else torch.inf] for _, p in filters.values()], device=device),
             max((k if k < vocabulary else min(NUCLEUS, vocabulary) for k, _ in filters.values()), default=0),
         )
@@ -79,7 +79,7 @@ class Draw:
     def entropies(self, logits: Tensor) -> Tensor:
         """Entropies [n] in nats of the distributions of `logits` [n, V] after temperature, before top-k and top-p.
 
-        A greedy row's is that of the logits as they are.
+        For a greedy row it is the entropy of the logits as they are.
         """
         logits = logits.float()
         if self.temperature is not None:
@@ -99,15 +99,15 @@ def uniform(state: Tensor) -> Tensor:
 def invert(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The token [n] at which the running sum of `p` [n, V] first exceeds the share `u` [n] < 1 of its total [n].
 
-    Such a token has p > 0: the running sum rises there. Running sums are float64, those of the blocks and that inside
-    one; a block's own sum is float32, which moves the edges of blocks by 1e-7 of their mass.
+    Such a token has p > 0, since the running sum rises there. The running sum over blocks and the one inside a block
+    are float64. A block's own sum is float32, which moves the edges of blocks by 1e-7 of their mass.
     """
     blocks = F.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK)  # [n, V / BLOCK, BLOCK]
     edges = F.pad(blocks.sum(-1).double().cumsum(-1), (1, 0))  # [n, V / BLOCK + 1]
     target = u[:, None] * edges[:, -1:]  # [n, 1]; less than the total, because u <= 1 - 2^-53
     block = (edges[:, 1:] <= target).sum(-1, keepdim=True)  # [n, 1]
     inside = blocks.gather(1, block[..., None].expand(-1, 1, BLOCK))[:, 0].double().cumsum(-1)  # [n, BLOCK]
-    # Summed in another order, the block may come out a few last bits smaller than its two edges say.
+    # The block was summed in another order, so its sum may be smaller than its two edges say, in the last bits.
     last = inside[:, -1:]
     rest = torch.minimum(target - edges.gather(1, block), torch.nextafter(last, torch.zeros_like(last)))
     place: Tensor = (inside <= rest).sum(-1)  # [n]
@@ -121,7 +121,7 @@ def _filter(logits: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> Tensor:
     """
     best, order = logits.topk(width, dim=-1)  # [f, width], descending
     best = best.masked_fill(torch.arange(width, device=best.device) >= top_k, -torch.inf)
-    # Top-k renormalises over what it keeps; without it a token has a share of the whole.
+    # Top-k renormalises over the tokens that it keeps; without top-k a token has a share of the whole.
     whole = top_k > width  # [f, 1]
     total = torch.where(whole, logits.logsumexp(-1, keepdim=True), best.logsumexp(-1, keepdim=True))
     share = (best - total).exp()
