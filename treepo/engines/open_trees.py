@@ -32,14 +32,19 @@ class OpenTrees(Generic[H]):
 
     def require_none(self) -> None:
         """Raise `RuntimeError` if a tree is open: its segments would come from two versions of the weights."""
-        if self._handles:
-            raise RuntimeError(f"{len(self._handles)} trees are open: close them before the weights change")
+        require_no_tree(len(self))
 
     def __iter__(self) -> Iterator[H]:
         return iter(self._handles)
 
     def __len__(self) -> int:
         return len(self._handles)
+
+
+def require_no_tree(count: int) -> None:
+    """Raise `RuntimeError` if `count` trees, or sessions of another kind, are open and the weights are to change."""
+    if count:
+        raise RuntimeError(f"{count} trees are open: close them before the weights change")
 
 
 def require_prompt_fits(tree: Tree, context: int, remedy: str) -> None:

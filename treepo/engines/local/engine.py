@@ -31,6 +31,7 @@ from treepo.engines.local.prefix import Prefix, Span
 from treepo.engines.local.request_queue import LocalRequest, RequestQueue, Session
 from treepo.engines.local.shared_pages import Pages, page_names
 from treepo.engines.local.slots import Slots
+from treepo.engines.open_trees import require_no_tree, require_prompt_fits
 from treepo.engines.settings import LocalSettings
 from treepo.errors import ConfigError, EngineError
 from treepo.models import attention, causal_lm
@@ -138,11 +139,7 @@ class LocalEngine:
         Under `memory_gib`, trees of unknown `max_tokens` are decoded one after the other. The handle's caller is
         expected to ask as soon as it can, and so again after every reply; see `ExpectedCallers`.
         """
-        if len(tree.prompt) >= self.context:
-            raise EngineError(
-                f"the prompt of tree {tree.key!r} has {len(tree.prompt)} tokens, and prompt and response share "
-                f"{self.context}: drop the problem, or raise {self._limit()}"
-            )
+        require_prompt_fits(tree, self.context, f"raise {self._limit()}")
         vocabulary = self._model.config.vocab_size
         if unknown := [i for i in stop_ids if not 0 <= i < vocabulary]:
             raise ConfigError(f"stop ids {unknown} are outside of the model's vocabulary of {vocabulary}")
@@ -217,8 +214,7 @@ class LocalEngine:
 
     async def load_weights(self, version: int) -> None:
         """The module has been updated: later segments carry `version`. All key-values are gone."""
-        if self._queue.sessions:
-            raise RuntimeError(f"{len(self._queue.sessions)} trees are open: close them before the weights change")
+        require_no_tree(len(self._queue.sessions))
         self._loop.version = version
 
     async def close(self) -> None:
