@@ -147,7 +147,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         probe = _Probe()
         try:
             install(model)
-            planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], probe)).float()
+            planned = logits(model, _hidden(model, ids, torch.arange(8, device=model.device)[None], probe)).float()
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model: {config.model_type} cannot run under treepo's attention: {error}") from error
     if probe.layers != set(range(config.num_hidden_layers)):
@@ -160,7 +160,11 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
     """`model`. It is prepared (in place) if it was not yet."""
-    return model if getattr(model.config, "_attn_implementation", None) == attention.NAME else prepare(model)
+    return model if _is_prepared(model) else prepare(model)
+
+
+def _is_prepared(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "_attn_implementation", None) == attention.NAME
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -194,7 +198,16 @@ class _Probe(Causal):
 
 
 def hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-    """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]. No logits are computed."""
+    """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]. No logits are computed.
+
+    Raises `ValueError` for a model that is not prepared: it would ignore the plan.
+    """
+    if not _is_prepared(model):
+        raise ValueError("the model does not attend through treepo's plans yet: call causal_lm.prepare(model) once")
+    return _hidden(model, token_ids, positions, plan)
+
+
+def _hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
     body = model.base_model
     states: Tensor = body(input_ids=token_ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state
     return states
