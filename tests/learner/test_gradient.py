@@ -23,8 +23,7 @@ from treepo.tree import ScoredTree, Stop, Tree
 
 
 def row_of(*trees: Tree) -> PackedBatch:
-    rollouts = [ScoredTree(str(t), tree, [1.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
-    forest = Forest.of(rollouts)
+    forest = Forest.of([ScoredTree(str(t), tree, [1.0] * len(tree.leaves())) for t, tree in enumerate(trees)])
     return pack_row(forest, fold(forest, np.zeros(forest.path.shape)), range(len(trees)))
 
 

@@ -25,9 +25,9 @@ from treepo.tree import ScoredTree, Stop, Tree
 CPU = torch.device("cpu")
 
 
-def row_of(rollouts: list[ScoredTree]) -> PackedBatch:
-    forest = Forest.of(rollouts)
-    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
+def row_of(trees: list[ScoredTree]) -> PackedBatch:
+    forest = Forest.of(trees)
+    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(trees)))
 
 
 def random_row(seed: int, count: int = 3, leaves: int = 12, segment: int = 6) -> PackedBatch:
