@@ -2,7 +2,7 @@
 
     python -m benchmarks.advantages [--quick] [--out FILE]
 
-`forest` is the share that lays the trees out as arrays; an update needs it once, for packing too.
+`forest` is the part of these seconds that turns the trees into arrays (`Forest.of`). Packing uses the same arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from treepo.tree import ROOT, ScoredTree, Stop, Tree
 WIDTH, DEPTH, SEGMENT = 16, 14, 8
 
 
-def tree(seed: int) -> ScoredTree:
+def scored_tree(seed: int) -> ScoredTree:
     """Doubling from the root until 16 paths, all of them 14 segments deep; random 0 / 1 rewards."""
     rng = Random(seed)
     grown = Tree([1] * 32)
@@ -37,7 +37,7 @@ def tree(seed: int) -> ScoredTree:
 
 def main() -> None:
     args = report.arguments(__doc__ or "", repeats=None)
-    rollouts = [tree(seed) for seed in range(128 if args.quick else 512)]
+    trees = [scored_tree(seed) for seed in range(128 if args.quick else 512)]
     estimators: dict[str, Estimator] = {
         "treepo": TreePO(),
         "treepo size_weighted reject fork": TreePO(size_weighted=True, reject_flat_groups=True, levels="fork"),
@@ -53,7 +53,7 @@ def main() -> None:
         laying, whole = [], []
         for _ in range(5 if args.quick else 15):
             start = time.process_time()
-            forest = Forest.of(rollouts)
+            forest = Forest.of(trees)
             laid = time.process_time()
             estimator(forest)
             laying.append(laid - start)

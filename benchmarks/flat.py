@@ -1,8 +1,6 @@
-"""The obvious alternative to a packed update: one padded row per leaf through the model's own attention."""
+"""The usual alternative to a packed update: one padded row per leaf through the model's own attention."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +10,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from treepo.forest import Forest
 from treepo.learner.loss import PolicyLoss, policy_loss
 from treepo.models.causal_lm import prepare, token_logprobs
-from treepo.tree import ScoredTree
 
 VOCABULARY = 512
 
@@ -36,19 +33,19 @@ def new_model(hidden: int, layers: int) -> PreTrainedModel:
 
 
 class FlatRows:
-    """One row per leaf, longest first: the trajectory as any other library would train on it."""
+    """One row per leaf, longest first: its whole path, as other libraries train on it."""
 
-    def __init__(self, rollouts: Sequence[ScoredTree], forest: Forest, advantage: np.ndarray) -> None:
+    def __init__(self, forest: Forest, advantage: np.ndarray) -> None:
         self.rows = []  # (token ids of the path, prompt length, advantages of the response)
         for row, (t, node) in enumerate(zip(forest.tree, forest.leaf, strict=True)):
-            tree = rollouts[t].tree
+            tree = forest.trees[t].tree
             leaf = int(node - forest.first_node[t])
             path = tree.path(leaf)
             of_token = np.repeat(advantage[row, 1 : len(path)], [len(tree.nodes[n].tokens) for n in path[1:]])
             self.rows.append((tree.tokens(leaf), len(tree.prompt), of_token.astype(np.float32)))
         self.rows.sort(key=lambda row: -len(row[0]))
         self.tokens = sum(len(ids) for ids, *_ in self.rows)
-        self.total = float(sum(len(adv) for _, _, adv in self.rows))
+        self.total = float(sum(len(adv) for _, _, adv in self.rows))  # response tokens of all leaves
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,7 +62,7 @@ class FlatRows:
                 ids[i, : len(tokens)] = torch.as_tensor(tokens)
             lengths = torch.tensor([len(tokens) for tokens, *_ in rows])
             mask = torch.arange(longest)[None] < lengths[:, None]
-            # All rows of one length need no mask, and HF's sdpa is faster without one.
+            # Rows of equal length need no mask, and sdpa is faster without one.
             states = model.base_model(
                 input_ids=ids, attention_mask=None if bool(mask.all()) else mask.long(), use_cache=False
             ).last_hidden_state

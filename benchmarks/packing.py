@@ -1,15 +1,18 @@
 """The packed update against padded per-trajectory rows: forward and backward of one gradient step.
 
 Both accumulate the gradient of the same loss from the same weights with the same chunked log-softmax. The baseline runs
-one row per leaf through the model's own sdpa attention, rows sorted by length, padded to the longest of their
-micro-batch, with the fastest of several micro-batch sizes. Packed, each tree is a row, which may keep the activations
-of no more tokens at once than that micro-batch does and is computed in pieces if it has more: of the budgets
-(`max_tokens`) of that size and smaller ones, it too has the fastest. `speedup` is baseline / packed time;
-`flat_over_unique` is what sharing could give at equal cost per token, `efficiency` their ratio. Attention makes late
-tokens dearer than early ones, and shared tokens are early: `flops_ratio` is what sharing could give at equal time per
-operation. `memory_ratio` is packed / baseline peak of live tensor storage during the step (operator outputs and what
-autograd keeps; scratch space inside kernels is not seen). `whole_speedup` and `whole_memory_ratio` are those of a
-packed row that is not cut.
+one row per leaf through the model's own sdpa attention. Its rows are sorted by length and padded to the longest of
+their micro-batch, and it takes the fastest of several micro-batch sizes. In the packed update each tree is a row. It
+keeps the activations of no more tokens at once than the baseline's micro-batch, and is computed in pieces if it has
+more. It takes the fastest of several budgets (`max_tokens`) up to that size.
+
+- `speedup`: baseline / packed time.
+- `flat_over_unique`: the speed-up that sharing would give if every token cost the same. `efficiency`: their ratio.
+- `flops_ratio`: the speed-up that sharing would give if every operation cost the same. Late tokens attend to more keys
+  than early ones, and the shared tokens are early.
+- `memory_ratio`: packed / baseline peak of live tensor storage during the step (operator outputs and what autograd
+  keeps; scratch space inside kernels is not counted).
+- `whole_speedup`, `whole_memory_ratio`: the same for packed rows that are not divided into pieces.
 
     python -m benchmarks.packing [--quick] [--threads N] [--repeats N] [--out FILE]
 """
@@ -35,7 +38,7 @@ from benchmarks.flat import VOCABULARY, FlatRows, new_model
 from treepo.forest import Forest, Ints
 from treepo.learner.gradient import backward_row
 from treepo.learner.loss import PolicyLoss, policy_loss
-from treepo.learner.packing import PackedBatch, bins, fold, pack_row
+from treepo.learner.packing import PackedBatch, pack
 from treepo.learner.row_pieces import pieces, tokens_held
 from treepo.tree import ROOT, ScoredTree, Stop, Tree
 
@@ -70,13 +73,11 @@ def _compare(
     repeats: int,
 ) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    rollouts = [ScoredTree(str(t), tree, [0.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
-    forest = Forest.of(rollouts)
+    forest = Forest.of([ScoredTree(str(t), tree, [0.0] * len(tree.leaves())) for t, tree in enumerate(trees)])
     advantage = rng.standard_normal(forest.path.shape)
-    folded, every = fold(forest, advantage), range(len(rollouts))
-    # One tree a row, as `bins` does under a small budget: on a CPU that is as fast as one row of all, and leaner.
-    batches = [pack_row(forest, folded, which) for which in bins(forest, folded, every, max_tokens=1)]
-    flat = FlatRows(rollouts, forest, advantage)
+    # This budget gives each tree a row of its own. On a CPU that is as fast as one row of all, and needs less memory.
+    batches = pack(forest, advantage, max_tokens=1)
+    flat = FlatRows(forest, advantage)
 
     def packed_step(max_tokens: int) -> list[Tensor]:
         model.zero_grad()
@@ -102,7 +103,7 @@ def _compare(
     unique = sum(len(batch) for batch in batches)
     sharing = flat.tokens / unique
     peak = {name: _peak(step) for name, step in steps.items()}
-    cut = [pieces(batch, budget) for batch in batches]
+    divided = [pieces(batch, budget) for batch in batches]
     return {
         "shape": name,
         "leaves": len(flat),
@@ -119,8 +120,8 @@ def _compare(
         "whole_memory_ratio": peak["whole"] / peak["flat"],
         "micro_batch": micro,
         "max_tokens": budget,
-        "most_held": max(int(tokens_held(found).max()) for found in cut),
-        "pieces": sum(map(len, cut)),
+        "most_held": max(int(tokens_held(row).max()) for row in divided),
+        "pieces": sum(map(len, divided)),
         "packed_s": seconds["packed"],
         "flat_s": seconds["flat"],
         "packed_peak_mb": peak["packed"] / 1e6,
@@ -146,7 +147,7 @@ def _operations(model: PreTrainedModel, rows: Sequence[Ints]) -> float:
 def _logprob_error(
     batches: Sequence[PackedBatch], packed: Sequence[Tensor], flat: Sequence[tuple[list[int], Tensor]]
 ) -> float:
-    """Largest difference over all (leaf, response token) pairs, leaves recognised by their (random) tokens."""
+    """Largest difference over all (leaf, response token) pairs, leaves are recognised by their (random) tokens."""
     expected = {tuple(ids): logprob for ids, logprob in flat}
     differences = []
     for batch, found in zip(batches, packed, strict=True):
@@ -222,7 +223,7 @@ def _shapes(rng: np.random.Generator, scale: int) -> dict[str, list[Tree]]:
 
 
 def _levels(rng: np.random.Generator, prompt: int, segment: int, widths: Sequence[int]) -> Tree:
-    """A tree whose level j has `widths[j]` segments, children dealt to the parents in turn."""
+    """A tree whose level j has `widths[j]` segments, children given to the parents in turn."""
     tree = Tree(_ids(rng, prompt))
     level = [ROOT]
     for depth, width in enumerate(widths):

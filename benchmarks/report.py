@@ -1,4 +1,4 @@
-"""What every benchmark shares: its arguments, a fair clock, a table, and the JSON object on the last line."""
+"""What all benchmarks share: arguments, a fair clock, a table, and the JSON object on the last line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from treepo.report.machine import device, versions
 
 
 def arguments(description: str, repeats: int | None = 3) -> argparse.Namespace:
-    """`quick`, `out`, `threads` (torch gets as many) and, unless its default is None, `repeats` of the command line."""
+    """The arguments of the command line: `quick`, `out`, `threads` and `repeats`. Torch gets `threads` CPU threads.
+
+    `repeats`: the default of that argument; None: there is no such argument.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small version that ends within a minute")
     parser.add_argument("--out", type=Path, help="also write the JSON object to this file")
@@ -36,7 +39,7 @@ def arguments(description: str, repeats: int | None = 3) -> argparse.Namespace:
 
 
 def clock() -> float:
-    """Seconds: CPU time where torch has one thread, so that other programs weigh little, else the wall clock."""
+    """Seconds. CPU time if torch has one thread, so that other programs have little effect; else wall clock."""
     import torch
 
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
@@ -46,8 +49,8 @@ def clock() -> float:
 def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds (`clock`) for each function.
 
-    The functions take turns within every repeat, so that a slow spell of the machine falls on all of them. One
-    uncounted round comes first. A function that leaves work queued on an accelerator must wait for it itself.
+    The functions take turns within every repeat, so a slow time of the machine affects all of them. One uncounted round
+    comes first. A function that queues work on an accelerator must wait for it before it returns.
     """
     for function in functions.values():
         function()
@@ -61,7 +64,7 @@ def alternate(functions: Mapping[str, Callable[[], object]], repeats: int) -> di
 
 
 def fastest(sizes: Sequence[int], step: Callable[[int], object]) -> int:
-    """The size with the better of two runs."""
+    """The size with which `step` is fastest. Each size is run twice, and the better run counts."""
     seconds = dict.fromkeys(sizes, float("inf"))
     for size in (*sizes, *sizes):
         start = clock()
@@ -86,7 +89,7 @@ def finish(
 
 
 def keep(name: str, results: Sequence[Mapping[str, Any]], args: argparse.Namespace) -> str:
-    """The JSON line of `results`, written to `args.out` if that is given: what takes long is kept as it goes."""
+    """The JSON line of `results`. It is written to `args.out`, if given; long benchmarks do so after each result."""
     line = json.dumps(
         {
             "name": name,
@@ -106,7 +109,7 @@ def keep(name: str, results: Sequence[Mapping[str, Any]], args: argparse.Namespa
 def commit() -> str:
     """The short hash of the checkout that holds this file, `-dirty` if it has changes, or `unknown`.
 
-    Results are no changes: what takes long writes them as it goes.
+    Files in `results` do not count as changes, because long benchmarks write them while they run.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -1,10 +1,11 @@
-"""Trajectories per second: trees on the embedded engine against i.i.d. sampling there and in transformers.
+"""Trajectories per second: trees on the local engine against i.i.d. sampling there and in transformers.
 
-Every shape ends with 16 leaves per prompt and the same response length (no stop ids), so that all yield the same
-number of trajectory tokens. The trees differ from i.i.d. only in how many tokens they have to decode for them:
-`efficiency` is the speed-up over i.i.d. divided by that ratio. Everything decodes at most 128 rows at once; `generate`
-is timed where that is the whole job, since a larger one is more of the same. With one thread seconds are CPU time, with
-more of wall clock. It takes long, so that everything is timed once unless `--repeats` says otherwise.
+Every shape has 16 leaves per prompt and the same response length (no stop ids), so all give the same number of
+trajectory tokens. Trees need to decode fewer tokens for them than i.i.d. sampling. `efficiency` is the speed-up over
+i.i.d. sampling divided by this ratio of decoded tokens: 1 means that a decoded token costs the same. Everything decodes
+at most 128 rows at once. `generate` of transformers is timed only if the whole job has at most that many rows. With one
+thread the seconds are CPU time, with more threads wall clock. The benchmark takes long, so everything is timed once
+unless `--repeats` says otherwise.
 
     python -m benchmarks.sampling [--quick] [--threads N] [--repeats N] [--out FILE]
 """
@@ -65,7 +66,7 @@ def new_model(hidden: int, layers: int, kv_heads: int, context: int) -> Any:
 
 
 async def grow(engine: LocalEngine, prompt: Sequence[int], key: str, forks: Sequence[int], response: int) -> Tree:
-    """A tree of `forks` children per node and level; no node waits for another one."""
+    """A tree with `forks[level]` children per node. No node waits for another one."""
     tree = Tree(prompt, key=key)
     handle = await engine.open(tree, Sampling(), [])
     length = response // len(forks)
@@ -176,7 +177,7 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
 
 
 def alternate(functions: dict[str, Callable[[int], int]], response: int, repeats: int) -> dict[str, float]:
-    """Median trajectory tokens per second of each function of the response length, which take turns."""
+    """Median trajectory tokens per second of each function of the response length. The functions take turns."""
     speed: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function(16)  # uncounted

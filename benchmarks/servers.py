@@ -1,11 +1,13 @@
-"""Trees on vLLM against its own n = 16: trajectories per second, what is computed again, and what our side costs.
+"""Trees on vLLM against vLLM's own n = 16: trajectories per second, tokens computed again, and the cost of our side.
 
 Needs the environment of `make venv-vllm`: `.venv-vllm/bin/python -m benchmarks.servers`. 8 prompts x 16 responses of
-512 tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Wall
-clock, for vLLM is several processes; shapes take turns. `recomputed` is prefix tokens that were not in the cache (the
-prompts are, from the uncounted round) over generated ones; `client_cpu` the share of this process, where treepo and
-vLLM's front end run, in the CPU time of all; `own_cpu` the share of treepo alone: what the same trees take on an engine
-that answers at once.
+512 tokens each (no stop ids), forks spread over the depth, segments aligned to the blocks of the prefix cache. Seconds
+are wall clock, because vLLM is several processes. The shapes take turns.
+
+- `recomputed`: prefix tokens that were not in the cache, divided by generated tokens. The prompts are in the cache from
+  the uncounted round.
+- `client_cpu`: the share of this process in the CPU time of all processes. treepo and vLLM's front end run in it.
+- `own_cpu`: the share of treepo alone. It is measured with the same trees on an engine that answers at once.
 """
 
 from __future__ import annotations

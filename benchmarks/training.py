@@ -1,11 +1,11 @@
 """One whole training step: TreePO on packed trees against GRPO on independent responses and padded rows.
 
-Both sample the same number of leaves of the same length with the same model on the embedded engine, reward them,
-compute advantages, accumulate the gradient and take an AdamW step. GRPO's update takes the padded rows in the fastest
-of several micro-batch sizes; the packed one may hold as many tokens at once. `speedup` is GRPO / TreePO time of the
-whole step, `sampling_speedup` and `update_speedup` those of its two large parts, and `_share` fields say what part of
-TreePO's step each took. `decoded_ratio` and `flat_over_unique` are what sharing could give in each at equal cost per
-token.
+Both sample the same number of leaves of the same length with the same model on the local engine, reward them, compute
+advantages, accumulate the gradient and take an AdamW step. GRPO's update takes the padded rows in the fastest of
+several micro-batch sizes. The packed update may hold as many tokens at once. `speedup` is GRPO / TreePO time of the
+whole step, `sampling_speedup` and `update_speedup` are those of its two large parts. The `_share` fields say which part
+of TreePO's step each of them took. `decoded_ratio` and `flat_over_unique` are the speed-ups of sampling and update that
+sharing would give if every token cost the same.
 
     python -m benchmarks.training [--quick] [--threads N] [--repeats N] [--out FILE]
 """
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import report
@@ -29,10 +28,10 @@ from benchmarks.flat import VOCABULARY, FlatRows, new_model
 from treepo.advantages import GRPO, TreePO
 from treepo.engines.local.engine import LocalEngine
 from treepo.engines.settings import LocalSettings
-from treepo.forest import Forest, Ints
-from treepo.learner.gradient import backward_row
-from treepo.learner.loss import PolicyLoss, policy_loss
-from treepo.learner.packing import PackedBatch, bins, fold, pack_row
+from treepo.forest import Forest
+from treepo.learner.gradient import accumulate
+from treepo.learner.loss import PolicyLoss
+from treepo.learner.packing import pack
 from treepo.policies.branching import LevelBudget
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.tree import ScoredTree, Tree
@@ -138,25 +137,16 @@ def _tree_step(
 ) -> dict[str, float]:
     clock = _Clock()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    rollouts = _sample(model, settings, prompts)
+    trees = _sample(model, settings, prompts)
     clock.lap("sample")
-    forest = Forest.of(rollouts)
-    folded = fold(forest, TreePO()(forest))
-    rows = bins(forest, folded, range(len(rollouts)), max_tokens)
-    batches = [pack_row(forest, folded, which) for which in rows]
-    total = sum(float(batch.weight.sum()) for batch in batches)
+    forest = Forest.of(trees)
+    rows = pack(forest, TreePO()(forest), max_tokens=max_tokens)
     clock.lap("rest")
-    for batch in batches:
-        backward_row(model, batch, partial(_loss, batch, total), max_tokens=max_tokens)
+    accumulate(model, rows, PolicyLoss(), max_tokens=max_tokens)
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
-    return clock.laps | _sizes(rollouts) | {"unique": float(sum(map(len, batches)))}
-
-
-def _loss(batch: PackedBatch, total: float, rows: Ints, logprob: Tensor, _: Tensor) -> Tensor:
-    arrays = (torch.as_tensor(x[rows]) for x in (batch.adv_pos, batch.adv_neg, batch.weight))
-    return policy_loss(PolicyLoss(), logprob, None, *arrays, total)[0]
+    return clock.laps | _sizes(trees) | {"unique": float(sum(map(len, rows)))}
 
 
 def _grpo_step(
@@ -164,30 +154,30 @@ def _grpo_step(
 ) -> dict[str, float]:
     clock = _Clock()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-6)
-    rollouts = _sample(model, settings, prompts)
+    trees = _sample(model, settings, prompts)
     clock.lap("sample")
-    forest = Forest.of(rollouts)
-    flat = FlatRows(rollouts, forest, GRPO()(forest))
+    forest = Forest.of(trees)
+    flat = FlatRows(forest, GRPO()(forest))
     clock.lap("rest")
     flat.step(plain, micro)
     optimizer.step()
     optimizer.zero_grad()
     clock.lap("update")
-    return clock.laps | _sizes(rollouts) | {"unique": float(flat.tokens)}
+    return clock.laps | _sizes(trees) | {"unique": float(flat.tokens)}
 
 
-def _fastest_micro_batch(plain: PreTrainedModel, rollouts: Sequence[ScoredTree]) -> int:
-    forest = Forest.of(rollouts)
-    flat = FlatRows(rollouts[:2], Forest.of(rollouts[:2]), np.ones((2 * LEAVES, forest.path.shape[1])))
+def _fastest_micro_batch(plain: PreTrainedModel, trees: Sequence[ScoredTree]) -> int:
+    forest = Forest.of(trees[:2])
+    flat = FlatRows(forest, np.ones(forest.path.shape))
     return report.fastest((1, 4, 16), lambda n: flat.step(plain, n))
 
 
-def _sizes(rollouts: Sequence[ScoredTree]) -> dict[str, float]:
-    flat = sum(r.tree.flat_tokens for r in rollouts)
+def _sizes(trees: Sequence[ScoredTree]) -> dict[str, float]:
+    flat = sum(scored.tree.flat_tokens for scored in trees)
     return {
-        "decoded": float(sum(r.tree.unique_tokens for r in rollouts)),
+        "decoded": float(sum(scored.tree.unique_tokens for scored in trees)),
         "flat": float(flat),
-        "with_prompts": float(flat + sum(len(r.tree.prompt) * len(r.tree.leaves()) for r in rollouts)),
+        "with_prompts": float(flat + sum(len(scored.tree.prompt) * len(scored.tree.leaves()) for scored in trees)),
     }
 
 

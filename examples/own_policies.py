@@ -1,11 +1,13 @@
-"""Policies of your own: where trees fork, when paths end, where dry trees go on. Named in a configuration as
+"""Policies of your own: where trees fork, when paths end, and where a tree goes on if too few leaves came of it.
+
+A configuration names them as
 
     sampler:
       branching: {kind: "examples.own_policies:AfterToken", token: 7, children: 3}
       stopping: {kind: "examples.own_policies:Sentences", most: 3}
       fallback: {kind: "examples.own_policies:Middle"}
 
-The other keys are the arguments of the class. `Frontier` is what a policy may look at; random numbers come from its
+The other keys are the arguments of the class. `Frontier` is what a policy may look at. Random numbers come from its
 `rng` only, so that the same seed grows the same trees.
 """
 
@@ -17,7 +19,7 @@ from treepo.settings import Settings
 
 
 class AfterToken(Settings):
-    """Fork after segments that end with `token`, such as a line break; elsewhere, go on."""
+    """Fork at the prompt and after segments that end with `token`, such as a line break. Else go on."""
 
     token: int
     children: int = 2

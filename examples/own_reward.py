@@ -1,13 +1,13 @@
 """A reward of your own: `treepo train configs/dataset.yaml task.reward=examples.own_reward:concise ...`.
 
-It runs in a worker process with a time limit; if it raises, hangs or returns NaN, its leaf is left out of training.
+It runs in a worker process with a time limit. If it raises, hangs or returns NaN, its leaf is left out of training.
 """
 
 from treepo.tasks.math import boxed, equivalent
 
 
 def concise(prompt: str, response: str, answer: str) -> float:  # noqa: ARG001
-    """1 for a right answer, a little less the longer the response is; 0 for a wrong one."""
+    """0 for a wrong answer; for a right one 1, minus up to 0.1 for the length of the response."""
     given = boxed(response)
     if given is None or not equivalent(answer, given):
         return 0.0

@@ -45,7 +45,7 @@ def test_accumulate_gives_the_textbook_loss_and_gradient(clipped: Case, max_toke
 
 def test_the_totals_of_the_rows_are_the_default_and_rows_add_up(plain: Case) -> None:
     rows = pack(plain.forest, plain.advantage, max_tokens=1)
-    assert len(rows) == len(plain.rollouts)
+    assert len(rows) == len(plain.trees)
     assert Totals.of(rows) == Totals(plain.total, len(plain.rows))
     whole = pack(plain.forest, plain.advantage)
     gradients = []

@@ -23,16 +23,15 @@ from treepo.tree import ScoredTree, Stop, Tree
 
 
 def row_of(*trees: Tree) -> PackedBatch:
-    rollouts = [ScoredTree(str(t), tree, [1.0] * len(tree.leaves())) for t, tree in enumerate(trees)]
-    forest = Forest.of(rollouts)
+    forest = Forest.of([ScoredTree(str(t), tree, [1.0] * len(tree.leaves())) for t, tree in enumerate(trees)])
     return pack_row(forest, fold(forest, np.zeros(forest.path.shape)), range(len(trees)))
 
 
-def above(cut: list[Piece], piece: Piece) -> list[Piece]:
+def above(parts: list[Piece], piece: Piece) -> list[Piece]:
     """The pieces that `piece` hangs off, the first of all first."""
     found = []
     while piece.parent >= 0:
-        piece = cut[piece.parent]
+        piece = parts[piece.parent]
         found.append(piece)
     return found[::-1]
 
@@ -40,13 +39,13 @@ def above(cut: list[Piece], piece: Piece) -> list[Piece]:
 @given(seed=st.integers(0, 10**6), max_tokens=st.integers(1, 90), trees=st.integers(1, 3))
 def test_pieces_are_a_partition_in_which_each_row_sees_what_it_saw(seed: int, max_tokens: int, trees: int) -> None:
     batch = row_of(*(grow_random(seed + t, leaves=9) for t in range(trees)))
-    cut = pieces(batch, max_tokens)
+    parts = pieces(batch, max_tokens)
     rows = np.arange(len(batch))
-    assert [row for piece in cut for row in range(piece.begin, piece.stop)] == rows.tolist()
-    assert sorted(t for piece in cut for t in piece.targets) == np.flatnonzero(batch.weight > 0).tolist()
-    for i, piece in enumerate(cut):
+    assert [row for piece in parts for row in range(piece.begin, piece.stop)] == rows.tolist()
+    assert sorted(t for piece in parts for t in piece.targets) == np.flatnonzero(batch.weight > 0).tolist()
+    for i, piece in enumerate(parts):
         assert piece.parent < i
-        past = [row for held in above(cut, piece) for row in range(held.begin, held.stop)]
+        past = [row for held in above(parts, piece) for row in range(held.begin, held.stop)]
         own = np.arange(piece.stop - piece.begin)
         for q in own:
             seen = [*past, *(own[visible(q, own, piece.end)] + piece.begin)]
@@ -57,9 +56,9 @@ def test_pieces_are_a_partition_in_which_each_row_sees_what_it_saw(seed: int, ma
         assert (piece.end <= len(own)).all()
         assert all(piece.begin <= batch.prev[t] < piece.stop for t in piece.targets)
     longest = int(batch.position.max()) + 1
-    assert int(tokens_held(cut).max()) <= max(max_tokens, longest)
+    assert int(tokens_held(parts).max()) <= max(max_tokens, longest)
     if len(batch) <= max_tokens:
-        assert len(cut) == 1
+        assert len(parts) == 1
 
 
 def test_the_tree_drawn_by_hand() -> None:
@@ -132,18 +131,18 @@ def test_autocast_is_entered_for_the_forward_pass_and_stays_near(random_tree: Ca
 
 def test_no_more_pieces_wait_for_their_backward_pass_than_promised(random_tree: Callable[..., Tree]) -> None:
     case = flat_case("llama", torch.float32, random_tree)
-    cut = pieces(case.batch, 12)
+    parts = pieces(case.batch, 12)
     waiting: dict[int, int] = {}  # piece -> its tokens
     held = []
 
     def loss(rows: np.ndarray, logprob: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         i = len(held)
-        assert rows.tolist() == cut[i].targets.tolist()
-        waiting[i] = cut[i].stop - cut[i].begin
+        assert rows.tolist() == parts[i].targets.tolist()
+        waiting[i] = parts[i].stop - parts[i].begin
         held.append(sum(waiting.values()))
         logprob.register_hook(lambda _: waiting.pop(i) and None)
         return logprob.sum()
 
     backward_row(case.model, case.batch, loss, max_tokens=12)
-    assert max(held) == int(tokens_held(cut).max()) < len(case.batch) / 2
+    assert max(held) == int(tokens_held(parts).max()) < len(case.batch) / 2
     assert not waiting

@@ -35,11 +35,11 @@ from treepo.tree import ScoredTree, Stop, Tree
 seeds = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def forest_of(rollouts: Sequence[ScoredTree], seed: int = 0) -> tuple[Forest, np.ndarray, PackedBatch]:
+def forest_of(trees: Sequence[ScoredTree], seed: int = 0) -> tuple[Forest, np.ndarray, PackedBatch]:
     """Their forest, random advantages in eighths (exact in float32, both signs on shared tokens), and one row."""
-    forest = Forest.of(rollouts)
+    forest = Forest.of(trees)
     advantage = np.random.default_rng(seed).integers(-16, 17, forest.path.shape) / 8
-    return forest, advantage, pack_row(forest, fold(forest, advantage), range(len(rollouts)))
+    return forest, advantage, pack_row(forest, fold(forest, advantage), range(len(trees)))
 
 
 def by_prev(batch: PackedBatch, row: int) -> list[int]:
@@ -57,15 +57,15 @@ def by_prev(batch: PackedBatch, row: int) -> list[int]:
 def test_a_row_holds_every_trained_path_once_and_nothing_else(
     random_rollout: Callable[..., ScoredTree], seed: int, count: int, unscored: float
 ) -> None:
-    rollouts = [random_rollout(seed + i, unscored) for i in range(count)]
-    forest, advantage, batch = forest_of(rollouts, seed)
+    trees = [random_rollout(seed + i, unscored) for i in range(count)]
+    forest, advantage, batch = forest_of(trees, seed)
 
     found = sorted(batch.token_ids[rows].tolist() for rows in paths(batch))
-    assert found == sorted(tree.tokens(leaf) for tree, leaf in trained_leaves(rollouts))
-    kept = {(id(tree), n) for tree, leaf in trained_leaves(rollouts) for n in tree.path(leaf)}
-    trees = {id(r.tree): r.tree for r in rollouts}
-    assert len(batch) == sum(len(trees[t].nodes[n].tokens) for t, n in kept)
-    total = sum(tree.response_length(leaf) for tree, leaf in trained_leaves(rollouts))
+    assert found == sorted(tree.tokens(leaf) for tree, leaf in trained_leaves(trees))
+    kept = {(id(tree), n) for tree, leaf in trained_leaves(trees) for n in tree.path(leaf)}
+    by_id = {id(scored.tree): scored.tree for scored in trees}
+    assert len(batch) == sum(len(by_id[t].nodes[n].tokens) for t, n in kept)
+    total = sum(tree.response_length(leaf) for tree, leaf in trained_leaves(trees))
     assert batch.weight.sum() == total
     for sums, sign in ((batch.adv_pos, 1), (batch.adv_neg, -1)):
         per_pair = np.maximum(sign * advantage, 0) * np.where(forest.path >= 0, forest.length[forest.path], 0)
@@ -96,9 +96,9 @@ def test_a_token_sees_its_path_sits_at_its_depth_and_is_predicted_by_the_token_b
 @seeds
 @given(seed=st.integers(0, 10**6))
 def test_the_longest_path_of_a_tree_is_its_first_chain(random_rollout: Callable[..., ScoredTree], seed: int) -> None:
-    rollout = random_rollout(seed)
-    _, _, batch = forest_of([rollout])
-    longest = max(len(rollout.tree.tokens(leaf)) for leaf in rollout.tree.leaves())
+    scored = random_rollout(seed)
+    _, _, batch = forest_of([scored])
+    longest = max(len(scored.tree.tokens(leaf)) for leaf in scored.tree.leaves())
     assert batch.position[:longest].tolist() == list(range(longest))
 
 
@@ -111,8 +111,8 @@ def test_the_five_node_tree_drawn_by_hand() -> None:
     tree.add(fork, [5], [-0.3], seed=2, stop=Stop.EOS)
     tree.add(fork, [6, 7], [-0.4, -0.5], seed=3, stop=Stop.EOS)
     tree.add(0, [8], [-0.6], seed=4, stop=Stop.ERROR)
-    rollouts = [ScoredTree("p", tree, [1.0, 0.0, None])]
-    forest = Forest.of(rollouts)
+    trees = [ScoredTree("p", tree, [1.0, 0.0, None])]
+    forest = Forest.of(trees)
     folded = fold(forest, np.array([[9.0, 1.0, 1.0], [9.0, -1.0, -1.0]]))
     batch = pack_row(forest, folded, [0])
     assert batch.token_ids.tolist() == [1, 2, 3, 4, 6, 7, 5]
@@ -126,8 +126,8 @@ def test_the_five_node_tree_drawn_by_hand() -> None:
 
 
 def test_a_tree_without_a_trained_leaf_vanishes(random_rollout: Callable[..., ScoredTree]) -> None:
-    rollouts = [random_rollout(1, 1.0), random_rollout(2), random_rollout(3, 1.0)]
-    forest, advantage, batch = forest_of(rollouts)
+    trees = [random_rollout(1, 1.0), random_rollout(2), random_rollout(3, 1.0)]
+    forest, advantage, batch = forest_of(trees)
     folded = fold(forest, advantage)
     assert len(batch) == len(pack_row(forest, folded, [1]))
     assert bins(forest, folded, [0, 1, 2], 1000) == [[1]]
@@ -148,8 +148,8 @@ def test_advantages_of_another_shape_are_refused(random_rollout: Callable[..., S
 def test_rows_keep_the_budget_unless_one_tree_alone_exceeds_it(
     random_rollout: Callable[..., ScoredTree], seed: int, budget: int
 ) -> None:
-    rollouts = [random_rollout(seed + i, 0.2) for i in range(7)]
-    forest, advantage, _ = forest_of(rollouts)
+    trees = [random_rollout(seed + i, 0.2) for i in range(7)]
+    forest, advantage, _ = forest_of(trees)
     folded = fold(forest, advantage)
     rows = bins(forest, folded, range(7), budget)
     assert rows == bins(forest, folded, range(6, -1, -1), budget)

@@ -32,8 +32,8 @@ def test_the_engine_equals_a_plain_forward_pass_on_cuda(on_cuda) -> None:
 @pytest.mark.parametrize("plan", ["auto", "chains"])
 @pytest.mark.parametrize("max_tokens", [40, 10**6])
 def test_the_packed_update_on_cuda_equals_the_one_on_the_cpu(plan, max_tokens, on_cuda, random_rollout) -> None:
-    rollouts = [random_rollout(seed, leaves=12, segment=16, vocabulary=60) for seed in range(4)]
-    forest = Forest.of(rollouts)
+    trees = [random_rollout(seed, leaves=12, segment=16, vocabulary=60) for seed in range(4)]
+    forest = Forest.of(trees)
     folded = fold(forest, np.random.default_rng(0).standard_normal(forest.path.shape))
     batch = pack_row(forest, folded, range(4))
     gradients = {}

@@ -40,11 +40,11 @@ FAMILIES = {
 }
 
 
-def trained_leaves(rollouts: Sequence[ScoredTree]) -> list[tuple[Tree, int]]:
+def trained_leaves(trees: Sequence[ScoredTree]) -> list[tuple[Tree, int]]:
     return [
-        (r.tree, leaf)
-        for r in rollouts
-        for leaf, reward in zip(r.tree.leaves(), r.rewards, strict=True)
+        (scored.tree, leaf)
+        for scored in trees
+        for leaf, reward in zip(scored.tree.leaves(), scored.rewards, strict=True)
         if reward is not None
     ]
 
@@ -103,7 +103,7 @@ class Case:
     settings: PolicyLoss
     model: PreTrainedModel
     plain: PreTrainedModel
-    rollouts: list[ScoredTree]
+    trees: list[ScoredTree]
     forest: Forest
     advantage: np.ndarray
     batch: PackedBatch
@@ -121,11 +121,11 @@ class Case:
 def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree], loss: PolicyLoss = SETTINGS) -> Case:
     model, plain = models(family, dtype)
     rng = np.random.default_rng(7)
-    rollouts = [_rollout(grow, seed, rng) for seed in (11, 12, 13)]
-    leaves = trained_leaves(rollouts)
-    forest = Forest.of(rollouts)
+    trees = [_scored_tree(grow, seed, rng) for seed in (11, 12, 13)]
+    leaves = trained_leaves(trees)
+    forest = Forest.of(trees)
     advantage = rng.integers(-16, 17, forest.path.shape) / 8
-    batch = pack_row(forest, fold(forest, advantage, loss.shared_tokens), range(len(rollouts)))
+    batch = pack_row(forest, fold(forest, advantage, loss.shared_tokens), range(len(trees)))
     by_tokens = {tuple(batch.token_ids[rows].tolist()): rows for rows in paths(batch)}
     rows = [by_tokens[tuple(tree.tokens(leaf))] for tree, leaf in leaves]
 
@@ -166,7 +166,7 @@ def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree], loss: 
         loss,
         model,
         plain,
-        rollouts,
+        trees,
         forest,
         advantage,
         batch,
@@ -182,7 +182,7 @@ def flat_case(family: str, dtype: torch.dtype, grow: Callable[..., Tree], loss: 
     )
 
 
-def _rollout(grow: Callable[..., Tree], seed: int, rng: np.random.Generator) -> ScoredTree:
+def _scored_tree(grow: Callable[..., Tree], seed: int, rng: np.random.Generator) -> ScoredTree:
     tree = grow(seed, leaves=6, segment=5, vocabulary=VOCABULARY, splits=3)
     leaf = tree.leaves()[-1]
     for kept in (0, tree.response_length(leaf) // 2):  # forks that a fallback opens late, the first at the prompt

@@ -16,31 +16,31 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from treepo.forest import Ints
-from treepo.learner.loss import Loss, TrainedTokens
+from treepo.learner.loss import Loss, TrainedTokens, needs_reference, over_responses, shared_tokens, wrong_result
 from treepo.learner.packing import PackedBatch, Totals
-from treepo.learner.row_pieces import Piece, pieces, tokens_held
+from treepo.learner.row_pieces import pieces, tokens_held
 from treepo.models.attention import Plan, PlanName, plan_for
 from treepo.models.causal_lm import hidden, token_logprobs
 
 RowLoss = Callable[[Ints, Tensor, Tensor], Tensor]
-"""A scalar, to be summed, of trained rows [n], their log-probs [n] and the entropies [n] there (no gradient)."""
+"""A scalar function of n trained rows [n], their log-probs [n] and the entropies [n] there (without gradient)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossRow:
-    """A packed row, and the log-probs [T] that its loss compares the policy with."""
+    """A packed row, and the log-probs [T] of other policies that its loss needs. `logprobs` computes them."""
 
     batch: PackedBatch
-    old_logprob: Tensor | None = None  # of the policy before the first update of the step; None: exactly on-policy
-    reference_logprob: Tensor | None = None  # of the initial policy; None: the loss has no KL term
+    old_logprob: Tensor | None = None  # of the policy before the step's first update; None: equal to the current one
+    reference_logprob: Tensor | None = None  # of the initial policy, for a loss with `needs_reference`
 
 
 @dataclass(frozen=True, slots=True)
 class Accumulated:
-    """What a call of `accumulate` has found."""
+    """What a call of `accumulate` has found. Without a trained token, both are empty."""
 
-    metrics: dict[str, float]  # of the loss, and `entropy/mean` in nats; parts that add up over the processes
-    plan: str  # how the first row attended
+    metrics: dict[str, float]  # those of the loss, `loss/total`, and `entropy/mean` in nats; they add up over calls
+    plan: str  # the attention plan of the first row
 
 
 def accumulate(
@@ -56,18 +56,28 @@ def accumulate(
 ) -> Accumulated:
     """Add the gradient of `loss` over `rows` to the parameters of `model`. The caller steps the optimizer.
 
-    `totals`: what the loss is a mean over; default: these rows. They differ where several calls or processes make up
-    one optimizer step. `temperature` is that of the sampling. At most `max_tokens` tokens, or one path if that is
-    longer, keep activations at any time. `forward()` is entered for forward passes alone: the place for autocast.
+    `rows`: what `pack` returns. A plain `PackedBatch` is on-policy: the ratio is exactly 1. For several updates on the
+    same samples, or a loss with `needs_reference`, give a `LossRow` with the log-probs of the other policies.
+    `totals`: what the loss is a mean over; default: these rows. They differ if several calls or processes make up one
+    optimizer step. `temperature` is that of the sampling. At most `max_tokens` tokens keep activations at any time, or
+    one path if that is longer. `forward()` returns a context that is entered for forward passes only, such as
+    `torch.autocast`.
+
+    Raises `ValueError` if the rows do not fit the loss or the model, or the loss returns no scalar. Whether the loss
+    and the gradient are finite is not checked: `torch.nn.utils.clip_grad_norm_` returns the norm, which says it.
     """
     given = [row if isinstance(row, LossRow) else LossRow(row) for row in rows]
     totals = totals or Totals.of([row.batch for row in given])
+    for row in given:
+        _require_fit(model, row, loss)
     sums, first = _Sums(), ""
     for row in given:
+        if not row.batch.weight.any():  # nothing was sampled
+            continue
         row_loss: RowLoss = partial(_loss_of_tokens, loss, row, totals, sums)
-        if loss.over_responses and len(row.batch) > max_tokens:
+        if over_responses(loss) and len(row.batch) > max_tokens:
             with torch.no_grad(), forward():
-                known = packed_logprobs(model, row.batch, temperature=temperature, plan=plan)
+                known = logprobs_and_entropies(model, row.batch, temperature=temperature, plan=plan)
             row_loss = _linear(row.batch, row_loss, *known)
         used = backward_row(
             model,
@@ -82,14 +92,39 @@ def accumulate(
     return Accumulated(sums.numbers(), first)
 
 
+def _require_fit(model: PreTrainedModel, row: LossRow, loss: Loss) -> None:
+    """Raise `ValueError` unless `row` fits the loss and the model."""
+    batch = row.batch
+    if batch.shared_tokens != (wanted := shared_tokens(loss)):
+        raise ValueError(
+            f"the row was packed with shared_tokens {batch.shared_tokens!r}, and the loss has {wanted!r}: "
+            "pack(..., shared_tokens=...) must be told the same"
+        )
+    if needs_reference(loss) and row.reference_logprob is None:
+        raise ValueError(
+            "the loss needs the log-probs of the initial policy: give LossRow(row, reference_logprob=logprobs(...))"
+        )
+    for name, given in (("old_logprob", row.old_logprob), ("reference_logprob", row.reference_logprob)):
+        if given is not None and given.shape != (len(batch),):
+            raise ValueError(f"{name} has the shape {tuple(given.shape)}, and the row has {len(batch)} tokens")
+    vocabulary = model.config.vocab_size
+    if len(batch) and (largest := int(batch.token_ids.max())) >= vocabulary:
+        raise ValueError(f"the row has the token id {largest}, and the model only ids below {vocabulary}")
+
+
 def _loss_of_tokens(
     loss: Loss, row: LossRow, totals: Totals, sums: _Sums, rows: Ints, logprob: Tensor, entropy: Tensor
 ) -> Tensor:
-    """`loss` of some tokens of `row`; their parts of the metrics are added to `sums`."""
+    """`loss` of some tokens of `row`. Their parts of the metrics are added to `sums`."""
     tokens = TrainedTokens.of(
-        row.batch, rows, logprob, row.old_logprob, row.reference_logprob, responses=loss.over_responses
+        row.batch, rows, logprob, row.old_logprob, row.reference_logprob, responses=over_responses(loss)
     )
-    value, metrics = loss(tokens, totals)
+    found = loss(tokens, totals)
+    if reason := wrong_result(found):
+        raise ValueError(f"the loss {reason}")
+    value, metrics = found
+    if not value.requires_grad:
+        raise ValueError("the loss does not depend on tokens.logprob, so it has no gradient")
     with torch.no_grad():
         mean_entropy = (tokens.weight * entropy).sum() / totals.weight
         sums.add(metrics | {"loss/total": value.detach(), "entropy/mean": mean_entropy})
@@ -97,11 +132,11 @@ def _loss_of_tokens(
 
 
 def _linear(batch: PackedBatch, loss: RowLoss, logprob: Tensor, entropy: Tensor) -> RowLoss:
-    """A loss that may be computed piece by piece and has the gradient of `loss`, which wants the whole row at once.
+    """A loss with the gradient of `loss` that can be computed piece by piece. `loss` needs the whole row at once.
 
-    A loss depends on the parameters through the log-probs alone. So its gradient is that of the sum over the tokens of
-    (its derivative by the log-prob, a constant) times the log-prob. `logprob` and `entropy` [T] are those of the row:
-    computing them is one more forward pass, without activations.
+    A loss depends on the parameters only through the log-probs. So it has the same gradient as the sum over the tokens
+    of d times the log-prob, where the constant d is the derivative of the loss by this log-prob. `logprob` and
+    `entropy` [T] are those of the row: one more forward pass, which keeps no activations.
     """
     trained = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
     at = torch.as_tensor(trained, device=logprob.device)
@@ -125,20 +160,20 @@ def backward_row(
     plan: PlanName = "auto",
     forward: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Plan:
-    """Add the gradient of the sum of `loss` over the pieces of `batch` to the parameters; returns the first one's plan.
+    """Add the gradient of `loss`, summed over the pieces of `batch`, to the parameters; return the first piece's plan.
 
-    The result is that of one pass over the whole row, and every token is computed once. At most `max_tokens` tokens, or
-    one path if that is longer, keep activations at any time (`row_pieces`). A piece on which others depend waits after
-    its forward pass until the last of them has left its share of the gradient of its keys and values. Its own backward
-    pass picks that up (`_Stack`).
+    The gradient is that of one pass over the whole row, and every token is computed once. At most `max_tokens` tokens
+    keep activations at any time, or one path if that is longer (`row_pieces`). A piece that others hang off is kept
+    after its forward pass, until all of them have left their shares of the gradient of its keys and values. Its own
+    backward pass adds these shares (`_Stack`).
 
     `loss` is called once per piece with a disjoint part of the trained rows.
     """
     held: list[tuple[int, Tensor]] = []  # pieces whose forward pass is done, and their losses
-    cut = pieces(batch, max_tokens)
-    tokens, parents = tokens_held(cut), {piece.parent for piece in cut}
+    parts = pieces(batch, max_tokens)
+    tokens, parents = tokens_held(parts), {piece.parent for piece in parts}
     stack = _Stack(int(tokens.max()))
-    for i, piece in enumerate(cut):
+    for i, piece in enumerate(parts):
         while held and held[-1][0] != piece.parent:
             held.pop()[1].backward()  # type: ignore[no-untyped-call]
         past = int(tokens[piece.parent]) if held else 0
@@ -146,8 +181,9 @@ def backward_row(
         if i == 0:
             first = inner
         with forward():
-            outer = inner if len(cut) == 1 else _OnStack(inner, stack, past, awaited=i in parents)
-            value = _score(model, batch, piece, outer, loss, temperature)
+            outer = inner if len(parts) == 1 else _OnStack(inner, stack, past, awaited=i in parents)
+            span = slice(piece.begin, piece.stop)
+            value = loss(piece.targets, *_scored(model, batch, span, piece.targets, outer, temperature))
         if i in parents:
             held.append((i, value))
         else:
@@ -167,14 +203,14 @@ def logprobs(
 ) -> Tensor:
     """Log-prob [T] in nats of each packed token given its path, under the policy at `temperature`.
 
-    Float32, or float64 for a float64 model. 0.0 where no trained leaf needs it (`weight` 0: prompts). Every token
-    goes through the model once, whatever the number of leaves below it, and gradients are exact. The row is computed
-    whole; `accumulate` trains in pieces.
+    Float32, or float64 for a float64 model. 0.0 for tokens that are not trained on (`weight` 0), such as prompts. Every
+    token goes through the model once, however many leaves share it. The row is computed whole, with exact gradients:
+    enter `torch.no_grad()` for a `LossRow`.
     """
-    return packed_logprobs(model, batch, temperature=temperature, plan=plan, chunk=chunk)[0]
+    return logprobs_and_entropies(model, batch, temperature=temperature, plan=plan, chunk=chunk)[0]
 
 
-def packed_logprobs(
+def logprobs_and_entropies(
     model: PreTrainedModel,
     batch: PackedBatch,
     *,
@@ -182,58 +218,59 @@ def packed_logprobs(
     plan: PlanName = "auto",
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `logprobs`, and the entropies [T] of the distributions that the tokens are from (no gradient)."""
-    ids = torch.as_tensor(batch.token_ids, device=model.device)
-    positions = torch.as_tensor(batch.position, device=model.device)
+    """As `logprobs`, and the entropies [T] of the distributions at these tokens (without gradient)."""
     rows = np.flatnonzero((batch.weight > 0) & (batch.prev >= 0))
-    way = plan_for(batch.prev, batch.end, name=plan, device=model.device)
-    states = hidden(model, ids[None], positions[None], way)[0]
-    wanted = torch.as_tensor(rows, device=model.device)
-    given = states.index_select(0, torch.as_tensor(batch.prev[rows], device=model.device))
-    found, entropy = token_logprobs(model, given, ids[wanted], temperature=temperature, chunk=chunk)
-    zero = found.new_zeros(len(batch))
-    return zero.index_copy(0, wanted, found), zero.index_copy(0, wanted, entropy)
+    attending = plan_for(batch.prev, batch.end, name=plan, device=model.device)
+    found = _scored(model, batch, slice(0, len(batch)), rows, attending, temperature, chunk)
+    at = torch.as_tensor(rows, device=model.device)
+    logprob, entropy = (x.new_zeros(len(batch)).index_copy(0, at, x) for x in found)
+    return logprob, entropy
 
 
-def _score(
-    model: PreTrainedModel, batch: PackedBatch, piece: Piece, plan: Plan, loss: RowLoss, temperature: float
-) -> Tensor:
-    ids, positions = (
-        torch.as_tensor(x[piece.begin : piece.stop], device=model.device) for x in (batch.token_ids, batch.position)
-    )
+def _scored(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    span: slice,
+    rows: Ints,
+    plan: Plan,
+    temperature: float,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs [n] and entropies [n] of the tokens `rows` [n] of `batch`, which rows in `span` predict."""
+    ids, positions = (torch.as_tensor(x[span], device=model.device) for x in (batch.token_ids, batch.position))
     states = hidden(model, ids[None], positions[None], plan)[0]
-    given = states.index_select(0, torch.as_tensor(batch.prev[piece.targets] - piece.begin, device=model.device))
-    wanted = torch.as_tensor(batch.token_ids[piece.targets], device=model.device)
-    logprob, entropy = token_logprobs(model, given, wanted, temperature=temperature)
-    return loss(piece.targets, logprob, entropy)
+    predicting = states.index_select(0, torch.as_tensor(batch.prev[rows] - span.start, device=model.device))
+    wanted = torch.as_tensor(batch.token_ids[rows], device=model.device)
+    return token_logprobs(model, predicting, wanted, temperature=temperature, chunk=chunk)
 
 
 class _Stack:
-    """Keys and values of the pieces held, one after the other as on a path, and the gradients that they are owed.
+    """Keys and values of the pieces held, one after the other as on a path, and the gradients collected for them.
 
-    Pieces come and go depth first: what lies below a piece's end is its own and its ancestors' until its backward pass
-    is done, and what is above is anyone's. So all share one allocation, and nothing is copied to be seen from below.
-    Gradients are owed to no more than the pieces that something was computed below, and are given up with them.
+    Pieces are visited depth first. Until the backward pass of a piece is done, the stack up to the piece's end holds
+    its ancestors and itself. The rest of the stack is free for the pieces that hang off it. So all pieces share one
+    allocation, and nothing is copied for a piece to see its ancestors. Gradients are collected only for pieces that
+    another piece has attended to, and are removed with these.
     """
 
     def __init__(self, tokens: int) -> None:
-        self._tokens = tokens  # the most on it at once
+        self._tokens = tokens  # the most that it holds at once
         self._values: dict[tuple[int, int], Tensor] = {}  # by (layer, 0: keys, 1: values): [1, K, tokens, d]
-        self._owed: dict[tuple[int, int], Tensor] = {}  # by the same: [1, K, as many as are owed any, d]
+        self._owed: dict[tuple[int, int], Tensor] = {}  # by the same: [1, K, tokens with a gradient so far, d]
 
     def push(self, name: tuple[int, int], begin: int, own: Tensor) -> Tensor:
-        """Put `own` [1, K, t, d] at `begin`; returns [1, K, begin + t, d], which begins with the ancestors'."""
+        """Put `own` [1, K, t, d] at `begin`; returns [1, K, begin + t, d], the ancestors' first, then `own`."""
         if name not in self._values:
             self._values[name] = own.new_empty(*own.shape[:2], self._tokens, own.shape[3])
-        # Not a change that automatic differentiation needs to know: whoever still needs the stack lies below.
+        # `.data` hides the change from automatic differentiation. That is safe: what is still needed is before `begin`.
         whole = self._values[name].data[:, :, : begin + own.shape[2]]
         whole[:, :, begin:] = own
         return whole
 
     def pop(self, name: tuple[int, int], begin: int, gradient: Tensor, *, awaited: bool) -> Tensor:
-        """The inverse for gradients: keeps what is the ancestors', and returns `own`'s, with what it was owed.
+        """The inverse of `push` for gradients: keeps the ancestors' part, and returns the whole gradient of `own`.
 
-        `awaited`: something hangs off `own`, which therefore is owed something.
+        `awaited`: other pieces hang off `own`. Then the gradients that they have left for `own` are added.
         """
         owed = self._owed.get(name, gradient[:, :, :0])
         if owed.shape[2] < begin:
@@ -261,7 +298,7 @@ class _Push(torch.autograd.Function):
 
 
 class _OnStack:
-    """The plan of a piece: it sees the keys and values of the pieces above in front of its own."""
+    """The plan of a piece: before its own keys and values come those of the pieces that it hangs off."""
 
     def __init__(self, inner: Plan, stack: _Stack, begin: int, *, awaited: bool) -> None:
         self._inner, self._stack, self._begin, self._awaited = inner, stack, begin, awaited
@@ -273,7 +310,7 @@ class _OnStack:
 
 
 class _Sums:
-    """Scalars that add up; a device is asked for them only once."""
+    """Scalars that add up. They are copied from their device only once, at the end."""
 
     def __init__(self) -> None:
         self._found: dict[str, Tensor] = {}

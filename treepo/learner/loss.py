@@ -1,7 +1,7 @@
-"""Policy losses on packed tokens: the sum over all leaves of the textbook loss, at one row per tree.
+"""Policy losses on packed tokens: the textbook loss summed over all leaves, although a shared token is there once.
 
-A loss is frozen settings whose call maps the log-probs of some trained tokens to a scalar. It is called for disjoint
-parts of a batch, and the results add up. Importing this module loads no torch.
+A loss maps the log-probs of some trained tokens to a scalar. It is called for disjoint parts of a batch, and the
+results add up. The losses of treepo are frozen settings. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class TrainedTokens:
     """What a loss sees: n trained tokens of a packed row. A token that several leaves share is there once."""
 
-    logprob: Tensor  # [n] of the policy, in nats; the loss is differentiated by it
-    old_logprob: Tensor | None  # [n] of the policy before the step's first update; None: it is this one
+    logprob: Tensor  # [n] of the policy, in nats; the gradient of the loss goes through it
+    old_logprob: Tensor | None  # [n] of the policy before the step's first update; None: equal to `logprob`
     rollout_logprob: Tensor  # [n] of the engine that sampled the tokens
-    reference_logprob: Tensor | None  # [n] of the initial policy; None: `needs_reference` is false
+    reference_logprob: Tensor | None  # [n] of the initial policy; None unless the loss has `needs_reference`
     adv_pos: Tensor  # [n] sum of the positive advantages of the leaves through the token
     adv_neg: Tensor  # [n] sum of the negative ones
     weight: Tensor  # [n] number of leaves through the token (or less, by `shared_tokens`)
-    responses: Responses | None = None  # for a loss with `over_responses`, which sees all tokens of a row at once
+    responses: Responses | None = None  # None unless the loss has `over_responses`
 
     @classmethod
     def of(
@@ -60,12 +60,12 @@ class TrainedTokens:
 
 @dataclass(frozen=True, slots=True)
 class Responses:
-    """The responses (leaves) that n tokens make up together. m: nodes of the row, L: leaves, D: nodes on a path."""
+    """The responses (leaves) that the n tokens of a row make up. m: nodes of the row, L: leaves, D: nodes on a path."""
 
     node: Tensor  # [n] int64: the node, 0 to m - 1, of each token
-    path: Tensor  # [L, D] int64: the nodes on the path to each leaf; m where the path is shorter
-    advantage: Tensor  # [L, D] of each leaf for the tokens of each node on its path; 0 where the path is shorter
-    length: Tensor  # [m + 1] trained tokens of each node; the last entry is 0
+    path: Tensor  # [L, D] int64: the nodes on the path to each leaf; m after the path's end
+    advantage: Tensor  # [L, D] of each leaf for the tokens of each node on its path; 0 after the path's end
+    length: Tensor  # [m + 1] trained tokens of each node (0 for prompts and tools' output); the last entry is 0
 
     @classmethod
     def of(cls, batch: PackedBatch, rows: Ints, device: Any) -> Self:
@@ -73,7 +73,8 @@ class Responses:
         import torch
 
         node = torch.as_tensor(batch.node[rows], device=device)
-        nodes = int(batch.node.max(initial=-1)) + 1
+        # From the paths, because a node without tokens (a failed leaf) is in no row.
+        nodes = int(batch.leaves.path.max(initial=-1)) + 1
         path = torch.as_tensor(batch.leaves.path, device=device)
         return cls(
             node,
@@ -88,49 +89,57 @@ class Responses:
 
 
 class Loss(Protocol):
-    """What the learner needs of a loss."""
+    """A function of some trained tokens. It may say more about itself in three optional attributes.
 
-    @property
-    def shared_tokens(self) -> SharedTokens:
-        """What a token weighs that several leaves share."""
-        ...
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether it wants the log-probs of the initial policy."""
-        ...
-
-    @property
-    def over_responses(self) -> bool:
-        """Whether it looks at whole responses (`TrainedTokens.responses`), so that it needs all tokens of a row."""
-        ...
+    - `shared_tokens` ("sum", "mean" or "sqrt"; default "sum"): what a token weighs that several leaves share.
+    - `needs_reference` (default False): whether it needs the log-probs of the initial policy.
+    - `over_responses` (default False): whether it needs all tokens of a row at once, and `TrainedTokens.responses`.
+    """
 
     def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
-        """A scalar, and detached scalar metrics by their names. Both add up over the parts of a batch.
+        """The loss of `tokens`, a scalar, and its metrics: detached scalars by their names.
 
-        `totals` is that of the whole batch, so divide by it: the loss is a mean however the batch is divided.
+        Both add up over the parts of a batch. `totals` are those of the whole batch. A loss that divides by them is a
+        mean over the batch, however the batch is divided into parts.
         """
         ...
 
 
+def shared_tokens(loss: Loss) -> SharedTokens:
+    """What a token weighs in `loss` that several leaves share."""
+    value: SharedTokens = getattr(loss, "shared_tokens", "sum")
+    return value
+
+
+def needs_reference(loss: Loss) -> bool:
+    """Whether `loss` needs the log-probs of the initial policy."""
+    return bool(getattr(loss, "needs_reference", False))
+
+
+def over_responses(loss: Loss) -> bool:
+    """Whether `loss` needs all tokens of a row at once, and their responses."""
+    return bool(getattr(loss, "over_responses", False))
+
+
 class PolicyLoss(Settings):
-    """The clipped loss of TreePO and DAPO. How far one update may move the policy, and what a shared token weighs."""
+    """The clipped loss of TreePO and DAPO (`policy_loss`)."""
 
     kind: Literal["clip"] = "clip"
     clip_low: float = Field(0.2, ge=0, lt=1, description="The ratio is clipped below at 1 - clip_low.")
     clip_high: float = Field(0.28, ge=0, description="The ratio is clipped above at 1 + clip_high.")
     dual_clip: float | None = Field(
-        10.0, gt=1, description="Largest ratio that counts where the advantage is negative; null for no limit."
+        10.0, gt=1, description="Largest ratio that counts where the advantage is negative; null: no limit."
     )
     shared_tokens: SharedTokens = Field(
-        "sum", description="What a token shared by k leaves weighs: k (sum, the paper), 1 (mean) or the root of k."
+        "sum",
+        description="Weight of a token that k leaves share: k (sum, the paper), 1 (mean) or the root of k (sqrt).",
     )
-    kl: float = Field(0.0, ge=0, description="Weight of the KL divergence to the initial policy; 0: no reference.")
+    kl: float = Field(0.0, ge=0, description="Weight of the KL divergence to the initial policy; 0: none.")
     rollout_cap: float | None = Field(
         None,
         gt=0,
-        description="Corrects for an engine whose log-probs differ from the trainer's: each token counts by the ratio "
-        "of the two probabilities, at most this; null: off.",
+        description="Corrects for an engine whose log-probs differ from the trainer's: the loss of each token is "
+        "multiplied by the trainer's probability over the engine's, and by at most this number; null: off.",
     )
     over_responses: ClassVar[bool] = False
 
@@ -155,8 +164,9 @@ class PolicyLoss(Settings):
 class GSPO(Settings):
     """The clipped loss with one ratio per response: the geometric mean of its tokens' ratios.
 
-    Source: GSPO, arXiv 2507.18071, eq. 5 to 7, with the gradient of GSPO-token (eq. 13) where segments of a response
-    have different advantages. It is a mean over responses, each of them a mean over its tokens.
+    Source: GSPO, arXiv 2507.18071, eq. 5 to 7. Where segments of a response have different advantages, it is the
+    paper's GSPO-token (eq. 13): each token has the response's ratio and an advantage of its own. The loss is a mean
+    over responses, each of which is a mean over its sampled tokens. A response without a sampled token counts as 0.
     """
 
     kind: Literal["gspo"] = "gspo"
@@ -169,7 +179,7 @@ class GSPO(Settings):
     def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         responses = tokens.responses
         if responses is None:
-            raise ValueError("GSPO needs the responses of its tokens")
+            raise ValueError("GSPO needs tokens.responses: make the tokens with TrainedTokens.of(..., responses=True)")
         old = tokens.logprob.detach() if tokens.old_logprob is None else tokens.old_logprob
         length = responses.length[responses.path]  # [L, D] trained tokens of each node
         tokens_of = length.sum(1, keepdim=True).clamp(min=1)  # [L, 1]
@@ -178,7 +188,7 @@ class GSPO(Settings):
         advantage = responses.advantage  # [L, D]
         free = (ratio * advantage <= ratio.clamp(1 - self.clip_low, 1 + self.clip_high) * advantage).to(ratio.dtype)
         gain = advantage * (free * ratio + (1 - free) * ratio.clamp(1 - self.clip_low, 1 + self.clip_high))
-        # Zero in value; its gradient is that of the mean log-ratio of the node's tokens.
+        # Its value is zero. Its gradient is that of the sum of the log-probs of the node's tokens.
         moving = responses.on_path(tokens.logprob - tokens.logprob.detach())  # [L, D]
         value = (gain * length + free * ratio * advantage * moving) / tokens_of
         loss = -value.sum() / totals.leaves
@@ -188,32 +198,43 @@ class GSPO(Settings):
 
 
 class CustomLoss(Custom):
-    """A class of yours: with `__call__(tokens, totals)` as `Loss` has it.
+    """A class of yours with `__call__(tokens, totals)`, as in `Loss`.
 
-    Its attributes `shared_tokens` ("sum"), `needs_reference` (False) and `over_responses` (False) may say otherwise.
+    Optional attributes: `shared_tokens` (default "sum"), `needs_reference` and `over_responses` (default False).
     """
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Loss.__call__}
 
     @property
     def shared_tokens(self) -> SharedTokens:
-        value: SharedTokens = getattr(self.made, "shared_tokens", "sum")
-        return value
+        return shared_tokens(self.made)
 
     @property
     def needs_reference(self) -> bool:
-        return bool(getattr(self.made, "needs_reference", False))
+        return needs_reference(self.made)
 
     @property
     def over_responses(self) -> bool:
-        return bool(getattr(self.made, "over_responses", False))
+        return over_responses(self.made)
 
     def __call__(self, tokens: TrainedTokens, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         found: Any = self.made(tokens, totals)
-        match found:
-            case (loss, dict(metrics)) if getattr(loss, "ndim", None) == 0:
-                return loss, metrics
-        raise self._refuse(f"returned {str(found)[:80]}: it must return (a scalar tensor, a dict of scalar tensors)")
+        if reason := wrong_result(found):
+            raise self._refuse(reason)
+        loss, metrics = found
+        return loss, metrics
+
+
+def wrong_result(found: object) -> str:
+    """What is wrong with the result of a loss, as an end of a sentence; empty if nothing is."""
+    import torch
+
+    match found:
+        case (torch.Tensor() as loss, dict() as metrics) if loss.ndim == 0:
+            if wrong := [key for key, x in metrics.items() if not isinstance(x, torch.Tensor) or x.ndim]:
+                return f"returned the metric {wrong[0]!r} that is not a scalar tensor"
+            return ""
+    return f"returned {str(found)[:80]}: it must return (a scalar tensor, a dict of scalar tensors)"
 
 
 AnyLoss = Annotated[
@@ -236,28 +257,40 @@ def policy_loss(
     rollout_logprob: Tensor | None = None,  # [n] of the engine that sampled the tokens
     reference_logprob: Tensor | None = None,  # [n] of the initial policy
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scalar loss of a row, and metrics; both *add up* over the rows of a batch to the batch's own.
+    """Scalar loss of n packed tokens, and metrics. Both *add up*: the sums over all tokens are those of the batch.
 
     Source: DAPO's token-mean (TreePO, arXiv 2508.17445, eq. 1) and dual clip (arXiv 1912.09729): with ratio r, each
     pair of a leaf and one of its tokens costs -min(rA, clip(r, 1 - low, 1 + high) A), and for A < 0 at most -c A. The
-    sum over the leaves through a token is taken in closed form from the sums of their positive and negative
-    advantages (`Folded`). `total_weight` is the sum of `weight` over the *whole* batch, by default
-    the number of its (leaf, response token) pairs. So the loss is a mean over them, however the batch is put into rows.
+    sum over the leaves through a token has a closed form in the sums of their positive and negative advantages
+    (`Folded`). `total_weight` is the sum of `weight` over the *whole* batch (`Totals.weight`). With `shared_tokens` sum
+    it is the number of (leaf, sampled token) pairs. So the loss is a mean over these pairs, however the batch is
+    divided into rows.
 
-    `old_logprob` None means on-policy: r = 1 exactly, with the gradient of the log-prob. Where `weight` is 0 no
-    log-prob matters as long as it is finite.
+    `old_logprob` None means on-policy: r = 1 exactly, with the gradient of the log-prob. Where `weight` is 0, the
+    log-probs have no effect, but they must be finite.
 
     With `rollout_cap` C a token's cost is multiplied by min(old / rollout probability, C): truncated importance
     sampling (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025). With `kl` the
     loss gains kl times the mean of exp(d) - 1 - d, where d = reference - policy log-prob (GRPO, arXiv 2402.03300,
     eq. 4).
 
-    Metrics are detached scalars, parts of means over the same pairs: `clip/fraction`, where the loss has no gradient
-    because of a clip (a token whose leaves disagree in sign counts by the share of |A| clipped); `kl/old`,
-    r - 1 - log r, an unbiased estimate of KL(old || policy) when the tokens were sampled from old; `kl/rollout`, the
-    same of KL(rollout || old); `clip/rollout_capped`, tokens at the cap; `kl/reference`, the term that `kl` multiplies.
+    Metrics are detached scalars, parts of means over the same pairs:
+
+    - `clip/fraction`: pairs whose loss has no gradient because of a clip. A token whose leaves disagree in sign counts
+      by the share of |A| that is clipped.
+    - `kl/old`: r - 1 - log r, an unbiased estimate of KL(old || policy) if the tokens were sampled from old.
+    - `kl/rollout`: the same estimate of KL(rollout || old).
+    - `clip/rollout_capped`: tokens at the cap.
+    - `kl/reference`: the term that `kl` multiplies.
+
+    Raises `ValueError` if `settings` need log-probs (`kl`, `rollout_cap`) that are not given.
     """
     import torch
+
+    if settings.kl and reference_logprob is None:
+        raise ValueError("a loss with kl > 0 needs reference_logprob")
+    if settings.rollout_cap is not None and rollout_logprob is None:
+        raise ValueError("a loss with rollout_cap needs rollout_logprob")
 
     old = logprob.detach() if old_logprob is None else old_logprob
     log_ratio = logprob - old

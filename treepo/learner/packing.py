@@ -1,4 +1,4 @@
-"""Packing: many trees as one row of tokens, each token once, and no more than the loss needs to know about it.
+"""Packing: many trees as one row of tokens, each token once, with what the loss needs to know about each token.
 
 Letters: T tokens of a row, n nodes of a row, N nodes of a forest, L leaves, D most nodes on a path below the root.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +19,12 @@ from treepo.tree import ROOT, Tree
 Singles = NDArray[np.float32]
 
 SharedTokens = Literal["sum", "mean", "sqrt"]
-"""What a token that k trained leaves share weighs in the loss: as much as k tokens, as one, or as the root of k."""
+"""What a token weighs in the loss that k trained leaves share: k (sum), 1 (mean) or the root of k (sqrt)."""
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Advantages per (leaf, node) folded to sums per node, which is all that a clipped loss needs.
+    """Advantages per (leaf, node), summed per node. A clipped loss needs no more than this.
 
     A shared token enters the loss once for each leaf below it, with that leaf's advantage A but one ratio r. The sum
     of min(rA, clip(r)A) over the leaves is A+ min(r, 1 + high) + A- max(r, 1 - low), where A+ and A- are the sums of
@@ -33,15 +33,16 @@ class Folded:
 
     adv_pos: Floats  # [N] >= 0; 0 for roots
     adv_neg: Floats  # [N] <= 0; 0 for roots
-    weight: Floats  # [N] what one of its tokens weighs: with `sum`, the trained leaves at or below the node
-    per_leaf: Floats  # [L, D + 1] the same before it was summed: advantage times weight of each (leaf, node)
+    weight: Floats  # [N] what one of its tokens weighs: with `sum`, the number of trained leaves at or below the node
+    per_leaf: Floats  # [L, D + 1] before the sums: advantage times weight of each (leaf, node)
+    shared_tokens: SharedTokens
 
 
 @dataclass(frozen=True)
 class PackedLeaves:
     """The leaves of a packed row, for losses that look at whole responses."""
 
-    path: Ints  # [L, D + 1] packed nodes (`PackedBatch.node`) from the root to the leaf, then -1
+    path: Ints  # [L, D + 1] packed nodes, numbered as in `PackedBatch.node`, from the root to the leaf, then -1
     advantage: Singles  # [L, D + 1] `Folded.per_leaf`; 0 for the root
 
 
@@ -49,8 +50,8 @@ class PackedLeaves:
 class PackedBatch:
     """A row of T tokens: whole trees one after the other, each in depth-first order, the deepest child first.
 
-    So every chain from a node down its first children is contiguous in the row, and so is every subtree. Which token
-    sees which follows from `end` alone (`treepo.models.attention.visible`).
+    So a node and its first child, its first grandchild and so on are contiguous in the row, and so is every subtree.
+    `end` alone says which token sees which (`treepo.models.attention.visible`).
     """
 
     token_ids: Ints  # [T]
@@ -63,6 +64,7 @@ class PackedBatch:
     weight: Singles  # [T] `Folded.weight`; 0 where nothing was sampled, so that it is not trained on
     node: Ints  # [T] the packed node, 0 to n - 1, that the token belongs to
     leaves: PackedLeaves
+    shared_tokens: SharedTokens  # how `weight`, `adv_pos` and `adv_neg` count a token that several leaves share
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -70,10 +72,10 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a loss is a mean over: the whole batch of an optimizer step, however many rows and processes it has."""
+    """What a loss is a mean over: the whole batch of an optimizer step, with all its rows in all processes."""
 
     weight: float  # sum of `PackedBatch.weight`: with `sum`, the number of (leaf, sampled token) pairs
-    leaves: int  # trained leaves
+    leaves: int  # number of trained leaves
 
     @classmethod
     def of(cls, rows: Sequence[PackedBatch]) -> Self:
@@ -89,45 +91,60 @@ def pack(
     max_tokens: int = 16384,
     trees: Sequence[int] | None = None,
 ) -> list[PackedBatch]:
-    """Rows of at most about `max_tokens` tokens that hold every trained token of `forest` once.
+    """Rows of at most `max_tokens` tokens that hold every trained token of `forest` once.
 
-    `advantage` [L, D + 1] is what an estimator returns for `forest`. `trees`: which trees to pack; default: all. A tree
-    of more than `max_tokens` tokens gets a row of its own, which `accumulate` computes in pieces. Trees without a
-    leaf of known reward are left out, so that there may be no row at all.
+    `advantage` [L, D + 1] is what an estimator returns for `forest`. `shared_tokens` must be that of the loss.
+    `trees`: indices of the trees to pack; default: all. A tree of more than `max_tokens` tokens gets a row of its own,
+    which `accumulate` computes in pieces. Trees without a leaf of known reward are left out. If all are left out, there
+    is no row at all.
+
+    Raises `ValueError` for advantages of another shape or that are not finite, an unknown `shared_tokens`, an index
+    that no tree has, and `max_tokens` below 1.
     """
     folded = fold(forest, advantage, shared_tokens)
     which = range(len(forest.trees)) if trees is None else trees
+    if unknown := [t for t in which if not 0 <= t < len(forest.trees)]:
+        raise ValueError(f"tree {unknown[0]} is not one of the forest's, which are 0 to {len(forest.trees) - 1}")
     return [pack_row(forest, folded, row) for row in bins(forest, folded, which, max_tokens)]
 
 
 def fold(forest: Forest, advantage: Floats, shared_tokens: SharedTokens = "sum") -> Folded:
-    """Sum `advantage` over the leaves through each node, the positive and the negative ones apart.
+    """Sum `advantage` over the leaves below each node, the positive and the negative ones separately.
 
-    `advantage` [L, D + 1] is aligned with `forest.path`: one number per leaf and node on its path. Column 0 (prompts)
-    and entries beyond a path's end are ignored.
+    `advantage` [L, D + 1] has the shape of `forest.path`: one number per leaf and node on its path. Column 0 (prompts)
+    and entries after a path's end are ignored.
 
     With `sum` every leaf counts on every one of its tokens, as if it were a row of its own (TreePO, Tree-GRPO). `mean`
-    divides the sums by the number k of leaves, so that a shared token counts once (SPO), and `sqrt` by the root of k
-    (TreeRL, AttnRL). Equivalent is a weight of 1, 1 / k or 1 / sqrt(k) on each (leaf, token) pair.
+    divides the sums by the number k of leaves, so that a shared token counts once (SPO). `sqrt` divides them by the
+    root of k (TreeRL, AttnRL). In other words, a (leaf, token) pair has the weight 1, 1 / k or 1 / sqrt(k).
     """
+    advantage = np.asarray(advantage, np.float64)
     if advantage.shape != forest.path.shape:
-        raise ValueError(f"advantages of shape {advantage.shape} for paths of shape {forest.path.shape}")
+        raise ValueError(
+            f"advantages of shape {advantage.shape} for paths of shape {forest.path.shape}: there is one row per leaf "
+            "with a known reward, and one column per node on its path, the prompt first (forest.path)"
+        )
+    if shared_tokens not in get_args(SharedTokens):
+        raise ValueError(f"shared_tokens is {shared_tokens!r}: it must be one of {', '.join(get_args(SharedTokens))}")
     power = {"sum": 0.0, "sqrt": -0.5, "mean": -1.0}[shared_tokens]
     share = np.maximum(forest.leaf_count, 1.0) ** power  # [N] weight of a (leaf, token) pair
     per_leaf = np.where(forest.path >= 0, advantage * share[forest.path], 0.0)
     per_leaf[:, :1] = 0.0
+    if not np.isfinite(per_leaf).all():
+        raise ValueError("advantages that are not finite")
     return Folded(
         adv_pos=forest.over_leaves(np.maximum(per_leaf, 0.0)),
         adv_neg=forest.over_leaves(np.minimum(per_leaf, 0.0)),
         weight=forest.leaf_count * share,
         per_leaf=per_leaf,
+        shared_tokens=shared_tokens,
     )
 
 
 def pack_row(forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatch:
     """One row of the trees `forest.trees[t]` for t in `which`, in that order.
 
-    Nodes with no trained leaf below are left out, and so are trees without any.
+    Nodes without a trained leaf below are left out, and so are trees without a trained leaf.
     """
     node: list[int] = []  # [n] forest index of each packed node
     tokens: list[list[int]] = []  # [n] what it adds
@@ -175,6 +192,7 @@ def pack_row(forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatc
         weight=weight,
         node=np.repeat(np.arange(len(nodes)), length),
         leaves=_leaves(forest, folded, which, nodes),
+        shared_tokens=folded.shared_tokens,
     )
 
 
@@ -217,7 +235,7 @@ def _packed_tokens(tree: Tree, kept: NDArray[np.bool_]) -> int:
 
 
 def _depth_first(tree: Tree, kept: NDArray[np.bool_]) -> list[int]:
-    """The kept nodes, parents first, and of several children the one with the longest path (in tokens) first."""
+    """The kept nodes, parents first. Of several children the one with the longest path (in tokens) is first."""
     downward = [ROOT] if kept[ROOT] else []
     for n in downward:
         downward.extend(child for child in tree.children[n] if kept[child])

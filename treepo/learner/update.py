@@ -17,7 +17,7 @@ from treepo.distributed import Processes
 from treepo.errors import DivergenceError
 from treepo.forest import Forest
 from treepo.learner.gradient import LossRow, accumulate, logprobs
-from treepo.learner.loss import Loss
+from treepo.learner.loss import Loss, needs_reference, shared_tokens
 from treepo.learner.packing import PackedBatch, Totals, pack
 from treepo.learner.settings import LearnerSettings
 from treepo.models.causal_lm import checkpoint_activations
@@ -26,18 +26,19 @@ from treepo.tree import ScoredTree
 
 Metrics = dict[str, float]
 Reference = Callable[[], AbstractContextManager[PreTrainedModel]]
-"""Entered, it gives the initial policy."""
+"""Returns a context that gives the initial policy: `with reference() as model`."""
 
 
 class Learner:
     """Trains `model` (in place) on scored trees. It owns the optimizer.
 
-    `temperature` is that of the sampling: the loss compares probabilities under the distribution that was sampled. A
-    loss with `needs_reference` wants a `reference`.
+    `temperature` is that of the sampling, because the loss compares probabilities of the distribution that was sampled
+    from. `seed` decides which trees form a mini-batch. A loss with `needs_reference` needs a `reference`: without one,
+    `ValueError` is raised.
 
-    With several processes each has the whole model and brings the same trees. The packed rows are shared out by their
-    sizes, and gradients are summed once per optimizer step. No process waits for another in between, so that their
-    numbers of rows need not be equal.
+    With several processes, each has the whole model and is called with the same trees. The packed rows are distributed
+    by their sizes, and gradients are summed once per optimizer step. In between no process waits for another, so they
+    may have different numbers of rows.
     """
 
     def __init__(
@@ -57,9 +58,9 @@ class Learner:
         self.temperature, self.seed = temperature, seed
         self.reference = reference
         self.processes = processes or Processes()
-        self.plan = ""  # how the first packed row attended, once there was one
-        if loss.needs_reference and reference is None:
-            raise ValueError("the loss compares the policy with the initial one: pass a reference")
+        self.plan = ""  # the attention plan of the first packed row; empty before
+        if needs_reference(loss) and reference is None:
+            raise ValueError("the loss compares the policy with the initial one: give a reference")
         if self.settings.gradient_checkpointing:
             checkpoint_activations(model)
         self.optimizer = torch.optim.AdamW(
@@ -69,9 +70,12 @@ class Learner:
         )
 
     def __call__(self, step: int, trees: Sequence[ScoredTree]) -> Metrics:
-        """One pass over `trees` in `mini_batches` optimizer steps. `step` counts from 1 and decides the learning rate.
+        """One pass over `trees` in `mini_batches` optimizer steps; returns the metrics, means over these steps.
 
-        Raises `DivergenceError` if the gradient is not finite. It is not applied then.
+        `step` counts from 1. The learning rate of the warm-up and the order of the trees depend on it. Without a leaf
+        of known reward there is no optimizer step.
+
+        Raises `DivergenceError` if the gradient is not finite. Then it is not applied.
         """
         settings = self.settings
         lr = settings.lr * min(1.0, step / max(1, settings.lr_warmup_steps))
@@ -96,14 +100,14 @@ class Learner:
         batches: list[tuple[list[LossRow], Totals]] = []
         for i in range(many):
             which = sorted(order[i::many])
-            # A budget that leaves every process something to do.
+            # Small enough for every process to get a row, if there are enough trees.
             room = min(self.settings.max_tokens, -(-_tokens(forest, which) // self.processes.count))
-            packed = pack(forest, advantage, shared_tokens=self.loss.shared_tokens, max_tokens=room, trees=which)
+            packed = pack(forest, advantage, shared_tokens=shared_tokens(self.loss), max_tokens=room, trees=which)
             batches.append(([self._row(batch, many > 1) for batch in self._share(packed)], Totals.of(packed)))
         return batches
 
     def _share(self, packed: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """This process's rows: each goes to the process with the fewest tokens so far, the largest first."""
+        """This process's rows. Each row, the largest first, goes to the process with the fewest tokens so far."""
         tokens = np.zeros(self.processes.count, np.int64)
         mine = []
         for batch in sorted(packed, key=len, reverse=True):
@@ -115,13 +119,13 @@ class Learner:
 
     def _row(self, batch: PackedBatch, off_policy: bool) -> LossRow:
         old = self._logprobs(self.model, batch) if off_policy else None
-        if self.reference is None or not self.loss.needs_reference:
+        if self.reference is None or not needs_reference(self.loss):
             return LossRow(batch, old)
         with self.reference() as reference:
             return LossRow(batch, old, self._logprobs(reference, batch))
 
     def _optimize(self, rows: Sequence[LossRow], totals: Totals) -> Metrics:
-        """One optimizer step on the `rows` of every process."""
+        """One optimizer step. `rows` are those of this process, `totals` those of all processes together."""
         found = accumulate(
             self.model,
             rows,
@@ -140,7 +144,7 @@ class Learner:
             self.optimizer.zero_grad()
             raise DivergenceError(f"the gradient is not finite (norm {norm}) and was not applied")
         self.optimizer.step()
-        self.optimizer.zero_grad()  # here, so that sampling has the memory
+        self.optimizer.zero_grad()  # now, so that sampling can use the memory
         return metrics | {"train/grad_norm": norm}
 
     def _logprobs(self, model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -1,1 +1,1 @@
-"""Causal language models of transformers: loading, adapters, and the attention seam that plans go through."""
+"""Causal language models of transformers: loading, adapters, and attention under a plan."""

@@ -43,10 +43,10 @@ def device(settings: ModelSettings) -> torch.device:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model folder; that of an adapter may have none, and its base's is taken.
+    """The tokenizer saved in a model folder. The folder of an adapter may have none: then its base's is loaded.
 
-    AutoTokenizer goes by the type of the model: it takes the tokenizer of any Qwen2-shaped folder for Qwen2's own. One
-    that was saved as a plain `tokenizers` file is loaded as that.
+    AutoTokenizer decides by the type of the model: it takes the tokenizer of any Qwen2-shaped folder for Qwen2's own.
+    So a tokenizer that was saved as a plain `tokenizers` file is loaded as one, without AutoTokenizer.
     """
     saved = Path(path).expanduser() / "tokenizer_config.json"
     if not saved.is_file() and (base := lora.base_of(path)) is not None:
@@ -61,8 +61,10 @@ def load(
 ) -> PreTrainedModel:
     """The causal LM in folder (or Hub repository) `path`, safetensors only, ready for plans.
 
-    A folder that holds an adapter stands for its base with the adapter merged into it; or, if it is to be trained on
-    with the settings `adapter`, beside it.
+    For a folder that holds an adapter, this is its base. Without `adapter`, the adapter is merged into the base. With
+    `adapter` (its settings), it is put beside the base, so that training can go on with it.
+
+    Raises `ConfigError` if the model cannot be loaded or cannot run under a plan (`prepare`).
     """
     base = lora.base_of(path)
     options = {"dtype": DTYPES[dtype], "use_safetensors": True}
@@ -78,7 +80,10 @@ def load(
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Overwrite the weights of `model`, or of its adapter if it has one, with those in `folder`, of the same shape."""
+    """Overwrite the weights of `model`, or of its adapter if it has one, with those in `folder`.
+
+    Raises `ConfigError` if `folder` holds weights of other shapes.
+    """
     if lora.adapted(model):
         lora.load_weights(model, folder)
         return
@@ -117,11 +122,11 @@ def create(
 
 
 def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Install the attention seam in `model`, after a check that plans mean the same to it as plain attention does.
+    """Let `model` attend through plans (in place), and check that it computes the same logits as before.
 
     Raises `ConfigError` for models that treepo would compute wrongly: sliding windows, linear attention, attention
     dropout, rope scaling that depends on the length, scaled or capped logits, keys and values of different sizes, or
-    an attention that bypasses the interface of transformers.
+    an attention that does not use the interface of transformers.
     """
     config = model.config
     layers = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -134,7 +139,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
             f"model: {config.model_type} has {rope} rope scaling, whose angles depend on the batch's length"
         )
     if getattr(config, "attention_dropout", 0.0):
-        raise ConfigError("model: attention_dropout must be 0: a packed pass cannot drop each path's weights apart")
+        raise ConfigError("model: attention_dropout must be 0: in a packed pass all paths would share one dropout mask")
     model.eval()  # type: ignore[no-untyped-call]
     ids = torch.arange(8, device=model.device)[None] % config.vocab_size
     with torch.no_grad():
@@ -142,7 +147,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
         probe = _Probe()
         try:
             install(model)
-            planned = logits(model, hidden(model, ids, torch.arange(8, device=model.device)[None], probe)).float()
+            planned = logits(model, _hidden(model, ids, torch.arange(8, device=model.device)[None], probe)).float()
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model: {config.model_type} cannot run under treepo's attention: {error}") from error
     if probe.layers != set(range(config.num_hidden_layers)):
@@ -154,25 +159,33 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, prepared if it is not yet."""
-    return model if getattr(model.config, "_attn_implementation", None) == attention.NAME else prepare(model)
+    """`model`. It is prepared (in place) if it was not yet."""
+    return model if _is_prepared(model) else prepare(model)
+
+
+def _is_prepared(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "_attn_implementation", None) == attention.NAME
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let `model` keep only the inputs of its layers and compute the rest again in the backward pass (in place)."""
+    """Let `model` (in place) keep only the inputs of its layers, and compute the rest again in the backward pass.
+
+    Raises `ConfigError` for a model that does not support it.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"trainer.gradient_checkpointing: {error}") from error
-    # transformers asks the layer whether it is training; the modules below it, dropout among them, stay as they are.
+    # transformers checkpoints only layers that are in training mode. The modules inside stay in evaluation mode, so
+    # that dropout and the like stay off.
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
 
 
 class _Probe(Causal):
-    """Which layers ask the plan; refuses keys and values of different sizes, which engines do not cache."""
+    """Records which layers call the plan. Refuses keys and values of different sizes: engines cannot cache these."""
 
     def __init__(self) -> None:
         self.layers: set[int] = set()
@@ -185,7 +198,16 @@ class _Probe(Causal):
 
 
 def hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
-    """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]; no logits are computed."""
+    """Final hidden states [B, T, hidden] of `token_ids` [B, T] at `positions` [B, T]. No logits are computed.
+
+    Raises `ValueError` for a model that is not prepared: it would ignore the plan.
+    """
+    if not _is_prepared(model):
+        raise ValueError("the model does not attend through treepo's plans yet: call causal_lm.prepare(model) once")
+    return _hidden(model, token_ids, positions, plan)
+
+
+def _hidden(model: PreTrainedModel, token_ids: Tensor, positions: Tensor, plan: Plan) -> Tensor:
     body = model.base_model
     states: Tensor = body(input_ids=token_ids, position_ids=positions, use_cache=False, plan=plan).last_hidden_state
     return states
@@ -202,9 +224,8 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs [n] of `token_ids` [n] under the logits of `states` [n, hidden] at `temperature`, and entropies [n].
 
-    Both in nats; an entropy is that of the whole distribution which its token is from, and has no gradient. Only
-    `chunk` rows of logits exist at a time (default: as many as make `CHUNK_LOGITS` numbers); the backward pass
-    computes them again.
+    Both are in nats. An entropy is that of the whole distribution at the token, and has no gradient. Only `chunk` rows
+    of logits exist at a time (default: as many as make `CHUNK_LOGITS` numbers). The backward pass computes them again.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
@@ -230,19 +251,22 @@ def token_logprobs(
 
 
 def _entropy(scores: Tensor) -> Tensor:
-    """Entropies [n] of the distributions whose logits are `scores` [n, vocabulary]; one copy of them at a time."""
+    """Entropies [n] of the distributions with the logits `scores` [n, V]. Only one copy of them exists at a time."""
     chances = scores.softmax(-1)
     torch.special.entr(chances, out=chances)
     return chances.sum(-1)
 
 
 def context(model: PreTrainedModel) -> int:
-    """Most tokens of prompt and response that the model was made for."""
+    """Most tokens of prompt and response that the model was made for; a very large number if it does not say."""
     return int(getattr(model.config, "max_position_embeddings", 0)) or 1 << 30
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every id that ends a response: the tokenizer's EOS and all that the generation config lists."""
+    """Every id that ends a response: the tokenizer's EOS and all that the generation config lists.
+
+    Raises `ConfigError` if there is none.
+    """
     listed = model.generation_config.eos_token_id if model.generation_config else None
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
     if not ids:
@@ -253,8 +277,8 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _align(model: PreTrainedModel) -> None:
     """Copy the weights into memory of torch's own, as those of a new model are.
 
-    Loaded weights may lie in the file's memory, at any multiple of 8 bytes. There a matrix product on a CPU has other
-    last bits than at torch's 64 bytes, so that a resumed run would not be bit-identical.
+    Loaded weights may lie in the file's memory, at any multiple of 8 bytes. Torch aligns to 64 bytes. A matrix product
+    on a CPU can differ in its last bits between the two, and then a resumed run would not be bit-identical.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu":

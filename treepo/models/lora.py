@@ -1,7 +1,8 @@
-"""LoRA: a few new weights beside a frozen model, which alone are trained, kept and sent (arXiv 2106.09685).
+"""LoRA (arXiv 2106.09685): a few new weights beside a frozen model. Only these are trained, saved and sent to engines.
 
-The layers are those of peft, put into the model itself: it stays a model of transformers, and attention, updates and
-the local engine do not notice. An adapter's folder is in peft's form, which vLLM, SGLang and transformers read.
+The layers are those of peft, put into the model itself. The model stays a model of transformers, so attention, updates
+and the local engine need no code for adapters. An adapter's folder is in peft's format, which vLLM, SGLang and
+transformers read.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ BASE = "base"  # in a run's folder: the new model that its adapters belong to
 
 
 def attach(model: PreTrainedModel, settings: LoraSettings, base: str, seed: int) -> None:
-    """Give `model` a new adapter (in place), a function of `seed`, and freeze all else; it computes what it did before.
+    """Give `model` (in place) a new adapter, and freeze its other weights. Its outputs do not change yet.
 
-    `base`: folder or Hub name under which others find the model as it is now.
+    The adapter's weights are a function of `seed`. `base`: the folder or Hub name of the model as it is now. It is
+    written into the adapter's folder, so that an engine can find the base.
+
+    Raises `ConfigError` if peft is not installed or the model has none of the layers `settings.targets`.
     """
     targets: Any = settings.targets
     _add(
@@ -40,7 +44,7 @@ def attach(model: PreTrainedModel, settings: LoraSettings, base: str, seed: int)
             r=settings.rank,
             lora_alpha=settings.alpha,
             target_modules=targets,
-            lora_dropout=0.0,  # a packed pass cannot drop each path's weights apart
+            lora_dropout=0.0,  # in a packed pass all paths would share one dropout mask
             task_type="CAUSAL_LM",
         ),
         base,
@@ -49,9 +53,10 @@ def attach(model: PreTrainedModel, settings: LoraSettings, base: str, seed: int)
 
 
 def restore(model: PreTrainedModel, folder: Path, settings: LoraSettings | None = None) -> None:
-    """Give `model` the adapter in `folder` (in place), and freeze all else.
+    """Give `model` (in place) the adapter in `folder`, and freeze its other weights.
 
-    Raises `ConfigError`, before anything is changed, if there is none that fits; so does one with other `settings`.
+    Raises `ConfigError`, and leaves the model as it was, if the folder holds no adapter, one for another model, or one
+    with other settings than `settings`.
     """
     peft = _peft()
     if not (folder / CONFIG).is_file():
@@ -81,7 +86,7 @@ def restore(model: PreTrainedModel, folder: Path, settings: LoraSettings | None 
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Overwrite the adapter of `model` with the one in `folder`; `ConfigError` if it has other shapes."""
+    """Overwrite the adapter of `model` with the one in `folder`. Raises `ConfigError` if it has other shapes."""
     _overwrite(model, folder, load_file(folder / WEIGHTS))
 
 
@@ -98,7 +103,7 @@ def save(model: PreTrainedModel, folder: Path) -> None:
     if not adapted(model):
         model.save_pretrained(folder)
         return
-    # Not by transformers, which asks the Hub about the base every time.
+    # Not `model.save_pretrained`: transformers would ask the Hub about the base every time.
     settings_of(model).save_pretrained(str(folder))
     save_file({name: value.contiguous() for name, value in _state(model).items()}, folder / WEIGHTS, {"format": "pt"})
 
@@ -111,7 +116,7 @@ def merged(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def detach(model: PreTrainedModel, *, merge: bool = False) -> None:
-    """Take the adapter out of `model` (in place), or, with `merge`, add it to the weights; does nothing without one."""
+    """Take the adapter out of `model` (in place). With `merge`, add it to the weights. Does nothing without one."""
     if not adapted(model):
         return
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -121,18 +126,18 @@ def detach(model: PreTrainedModel, *, merge: bool = False) -> None:
             layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
-    model._hf_peft_config_loaded = False  # by which transformers decides on what it saves
+    model._hf_peft_config_loaded = False  # transformers would save an adapter otherwise
     model.requires_grad_(True)
 
 
 def adapted(model: PreTrainedModel) -> bool:
-    """Whether `model` has an adapter, so that this is what is trained and sent."""
+    """Whether `model` has an adapter. If so, only the adapter is trained and sent to engines."""
     return hasattr(model, "peft_config")
 
 
 @contextmanager
 def without(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """`model` computing what it does without its adapter."""
+    """`model` with its adapter switched off, until the context ends."""
     model.disable_adapters()
     try:
         yield model
@@ -147,14 +152,14 @@ def settings_of(model: PreTrainedModel) -> Any:
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """A name for the adapter as it is now: equal names are equal weights, so that no cache of a server can be stale."""
+    """A name for the adapter as it is now, from a hash of its weights. So a server's cache never mixes two versions."""
     return f"treepo-{hashlib.sha256(as_bytes(_state(model))).hexdigest()[:16]}"
 
 
 def base_of(path: str) -> str | None:
     """The model that the adapter in folder `path` belongs to; None: the folder holds no adapter.
 
-    A base that is gone from where it was is looked for in the run's folder, which may have moved.
+    If the base is not where the adapter says, it is looked for in the run's folder: the whole run may have been moved.
     """
     folder = Path(path).expanduser()
     if not (folder / CONFIG).is_file():

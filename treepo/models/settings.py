@@ -37,17 +37,19 @@ class LoraSettings(Settings):
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Layers that get an adapter, by the last part of their names, such as q_proj; all-linear: every "
-        "linear layer but the output.",
+        "linear layer except the output.",
     )
 
 
 class ModelSettings(Settings):
-    """Which policy is trained."""
+    """The policy that is trained."""
 
     path: str | None = Field(None, description="Folder (or Hub name) of a causal LM and its tokenizer.")
-    create: Shape | None = Field(None, description="Or: the shape of a new model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of weights and activations.")
-    device: str = Field("auto", description="A torch device; auto takes CUDA where it is, else the CPU.")
+    create: Shape | None = Field(None, description="The shape of a new model, in place of `path`.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision of weights and activations."
+    )
+    device: str = Field("auto", description="A torch device; auto: CUDA if there is one, else the CPU.")
     lora: LoraSettings | None = Field(None, description="Train an adapter beside the frozen model; null: all weights.")
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from pydantic import Field
 from treepo.advantages import Advantage, TreePO
 from treepo.errors import ConfigError, DivergenceError, EngineError
 from treepo.evaluate import EvaluateSettings, Evaluation, evaluate
-from treepo.learner.loss import Loss, PolicyLoss
+from treepo.learner.loss import Loss, PolicyLoss, needs_reference
 from treepo.learner.settings import LearnerSettings
 from treepo.rollouts import Actor
 from treepo.run import checkpoint
@@ -170,7 +170,7 @@ class Trainer:
                 causal_lm.load_weights(actor.model, found)
             self.processes.copy_from_main(actor.model.parameters())
             reference = None
-            if loss.needs_reference:
+            if needs_reference(loss):
                 kept = self.folder.path / "reference"
                 reference = initial_policy(actor.model, kept, initial, resumed=bool(found), keeps=self.processes.main)
             self.learner = Learner(

@@ -19,15 +19,15 @@ from treepo.learner.packing import PackedBatch, fold, pack_row
 from treepo.models.attention import HERE, Causal, Dense, Flex, Plan, Varlen, _attend, plan_for, visible
 from treepo.models.attention.blocks import Blocks, refused
 from treepo.models.attention.chains import CALL, Chains, Take, cost
-from treepo.models.attention.tiling import Cuts, cuts_of
+from treepo.models.attention.tiling import Tiling, tiling_of
 from treepo.tree import ScoredTree, Stop, Tree
 
 CPU = torch.device("cpu")
 
 
-def row_of(rollouts: list[ScoredTree]) -> PackedBatch:
-    forest = Forest.of(rollouts)
-    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
+def row_of(trees: list[ScoredTree]) -> PackedBatch:
+    forest = Forest.of(trees)
+    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(trees)))
 
 
 def random_row(seed: int, count: int = 3, leaves: int = 12, segment: int = 6) -> PackedBatch:
@@ -75,13 +75,13 @@ def assert_same(plan: Plan, expected: Plan, q: Tensor, k: Tensor, v: Tensor) -> 
         torch.testing.assert_close(found, right, rtol=0, atol=1e-12)
 
 
-def cut_everywhere(batch: PackedBatch) -> Cuts:
-    """Each run between two forks a block, and all that is below it a rectangle: most pieces, none of them masked."""
+def divided_everywhere(batch: PackedBatch) -> Tiling:
+    """Each run between two forks is a block, and all that is below it a rectangle: most tiles, none of them masked."""
     forks = set(batch.prev[np.flatnonzero(batch.prev != np.arange(len(batch)) - 1)].tolist())
     edges = [i for i in range(1, len(batch)) if batch.prev[i] != i - 1 or i - 1 in forks] + [len(batch)]
     chains = tuple(zip([0, *edges[:-1]], edges, strict=True))
     rectangles = tuple((b, int(batch.end[b - 1]), a, b) for a, b in chains if batch.end[b - 1] > b)
-    return Cuts(0, len(batch), 0.0, chains, (), rectangles)
+    return Tiling(0, len(batch), 0.0, chains, (), rectangles)
 
 
 def flash_by_hand(
@@ -103,8 +103,8 @@ def flash_by_hand(
 
 PLANS: dict[str, Callable[[PackedBatch, int], Plan]] = {
     "chains": lambda b, past: Chains(b.prev, b.end, past, CPU),
-    "blocks": lambda b, past: Blocks(cuts_of(b.prev, b.end), b.end, past),
-    "blocks cut everywhere": lambda b, past: Blocks(cut_everywhere(b), b.end, past),
+    "blocks": lambda b, past: Blocks(tiling_of(b.prev, b.end), b.end, past),
+    "blocks divided everywhere": lambda b, past: Blocks(divided_everywhere(b), b.end, past),
     "varlen": lambda b, past: Varlen(b.prev, past, CPU, flash_by_hand),
 }
 
@@ -170,7 +170,7 @@ def test_one_chain_is_plainly_causal() -> None:
         assert_same(plan, Causal(), *qkv(batch))
 
 
-@pytest.mark.parametrize("name", ["chains", "blocks", "blocks cut everywhere"])
+@pytest.mark.parametrize("name", ["chains", "blocks", "blocks divided everywhere"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 def test_a_plan_works_in_single_and_half_precision(name: str, dtype: torch.dtype, tolerance: float) -> None:
     batch = random_row(1)
@@ -181,7 +181,7 @@ def test_a_plan_works_in_single_and_half_precision(name: str, dtype: torch.dtype
         assert (x.double() - y).abs().max() <= tolerance * y.abs().max()
 
 
-@pytest.mark.parametrize("name", ["chains", "blocks cut everywhere"])
+@pytest.mark.parametrize("name", ["chains", "blocks divided everywhere"])
 def test_a_plan_takes_inputs_of_several_precisions_under_autocast(name: str) -> None:
     batch = random_row(1)
     q, k, v = qkv(batch, dtype=torch.float32)
@@ -230,35 +230,35 @@ def test_the_layout_of_the_inputs_in_memory_does_not_matter(name: str) -> None:
 def test_a_gradient_without_memory_of_its_own_is_taken() -> None:
     batch = random_row(1)
     q, k, v = qkv(batch)
-    found = torch.autograd.grad(PLANS["blocks cut everywhere"](batch, 0).attend(0, q, k, v, 0.4).sum(), (q, k, v))
+    found = torch.autograd.grad(PLANS["blocks divided everywhere"](batch, 0).attend(0, q, k, v, 0.4).sum(), (q, k, v))
     right = torch.autograd.grad(Dense(batch.end, 0, CPU).attend(0, q, k, v, 0.4).sum(), (q, k, v))
     for x, y in zip(found, right, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
 @given(seed=st.integers(0, 10**6), leaves=st.integers(1, 20), segment=st.sampled_from([1, 4, 60]))
-def test_cuts_hold_every_visible_pair_once(seed: int, leaves: int, segment: int) -> None:
+def test_a_tiling_holds_every_visible_pair_once(seed: int, leaves: int, segment: int) -> None:
     batch = random_row(seed, 2, leaves, segment)
-    cuts, rows = cuts_of(batch.prev, batch.end), np.arange(len(batch))
+    tiling, rows = tiling_of(batch.prev, batch.end), np.arange(len(batch))
     seen = np.zeros((len(batch), len(batch)), np.int8)
     rule = visible(rows[:, None], rows, batch.end)
-    for a, b in cuts.chains:
+    for a, b in tiling.causal:
         seen[a:b, a:b] += np.tri(b - a, dtype=np.int8)
-    for a, b in cuts.subtrees:
+    for a, b in tiling.masked:
         seen[a:b, a:b] += rule[a:b, a:b]
-    for a, b, c, d in cuts.rectangles:
+    for a, b, c, d in tiling.rectangles:
         seen[a:b, c:d] += 1
     assert (seen == rule).all()
-    assert (cuts.begin, cuts.stop) == (0, len(batch))
+    assert (tiling.begin, tiling.stop) == (0, len(batch))
 
 
-def test_cuts_cost_no_more_than_one_block_or_one_chain_at_a_time() -> None:
+def test_a_tiling_costs_no_more_than_one_block_or_one_chain_at_a_time() -> None:
     size = 1000
-    chain = cuts_of(np.arange(size) - 1, np.full(size, size))
-    assert len(chain.chains) > 1 < len(chain.rectangles) + 1
+    chain = tiling_of(np.arange(size) - 1, np.full(size, size))
+    assert len(chain.causal) > 1 < len(chain.rectangles) + 1
     assert chain.cost < size * size
     small = row((-1, 10), (0, 5), (0, 5))
-    assert cuts_of(small.prev, small.end).subtrees == ((0, 20),)
+    assert tiling_of(small.prev, small.end).masked == ((0, 20),)
 
 
 def test_the_cost_of_chains_counts_their_keys() -> None:
@@ -288,7 +288,7 @@ def test_equal_chains_share_a_call_and_unlike_ones_do_not() -> None:
 def test_a_plan_names_itself() -> None:
     batch = row((-1, 40), (0, 200), (0, 200), (0, 2))
     assert str(Dense(batch.end, 0, CPU)) == "reference"
-    assert str(PLANS["blocks cut everywhere"](batch, 7)) == "4 blocks + 2 rectangles"
+    assert str(PLANS["blocks divided everywhere"](batch, 7)) == "4 blocks + 2 rectangles"
     assert str(PLANS["varlen"](batch, 0)) == "varlen, 3 chains"
     assert str(Flex(batch.end, 0, CPU)) == "flex, 10 tiles"
 

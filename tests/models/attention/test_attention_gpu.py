@@ -18,9 +18,9 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 64
 
 
 def row_of(seeds: range) -> PackedBatch:
-    rollouts = [rollout_of(grow_random(seed, leaves=20, segment=30)) for seed in seeds]
-    forest = Forest.of(rollouts)
-    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(rollouts)))
+    trees = [rollout_of(grow_random(seed, leaves=20, segment=30)) for seed in seeds]
+    forest = Forest.of(trees)
+    return pack_row(forest, fold(forest, np.ones(forest.path.shape)), range(len(trees)))
 
 
 def qkv(batch: PackedBatch, past: int, dtype: torch.dtype) -> list[torch.Tensor]:

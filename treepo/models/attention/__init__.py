@@ -1,10 +1,11 @@
-"""Attention over trees: the seam through which unmodified Hugging Face models meet a plan.
+"""Attention over trees, in unmodified Hugging Face models.
 
-A model prepared by `install` asks the *plan* of its current forward pass for every attention: `plan.attend(...)`.
-The packed update and the embedded engine are plans; both run on the model's own weights and layers.
+After `install`, a model leaves every attention to the *plan* of its current forward pass: it calls `plan.attend(...)`.
+The packed update has plans, and the local engine has one. Both run on the model's own weights and layers.
 
-A packed row (`learner.packing`) has one rule, `visible`, and several plans. `Dense` is the rule written out for all
-pairs. The others compute the same without most of the pairs that see nothing of each other.
+A packed row (`learner.packing`) has one rule for who sees whom, `visible`, and several plans that compute it. `Dense`
+evaluates the rule for all pairs of tokens. The other plans give the same result and skip most of the pairs in which
+the query does not see the key.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from treepo.models.attention.blocks import Blocks, refused
 from treepo.models.attention.chains import Chains
 from treepo.models.attention.chains import cost as chains_cost
 from treepo.models.attention.flex import Flex
-from treepo.models.attention.plan import Causal, Dense, Ints, Plan, visible
-from treepo.models.attention.tiling import cuts_of
+from treepo.models.attention.plan import Causal, Dense, Ints, Plan, chain_starts, visible
+from treepo.models.attention.tiling import tiling_of
 from treepo.models.attention.varlen import Varlen, kernel
 from treepo.models.settings import PlanName
 
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "PlanName",
     "Varlen",
+    "chain_starts",
     "install",
     "plan_for",
     "visible",
@@ -51,28 +53,29 @@ HERE: dict[str, tuple[str, ...]] = {
     "cpu": ("auto", "blocks", "chains", "reference"),
     "cuda": ("auto", "flex", "varlen", "chains", "reference"),
 }
-"""The plans of a kind of device, the fastest after `auto`; other kinds have `ELSEWHERE`."""
+"""The plans of a kind of device: `auto`, then the fastest, then the others. Other kinds of devices have `ELSEWHERE`."""
 ELSEWHERE = ("auto", "chains", "reference")
 
 log = logging.getLogger(__name__)
 
 
 def plan_for(prev: Ints, end: Ints, past: int = 0, name: PlanName = "auto", device: torch.device | str = "cpu") -> Plan:
-    """The plan called `name` for a packed row; every name gives the same attention up to rounding.
+    """The plan called `name` for a packed row. Every name gives the same attention up to rounding.
 
-    `prev` and `end` [T] are those of the `PackedBatch`. Before the row's own keys come those of `past` tokens that
-    every row sees: the plan attends with q [1, H, T, d] to k and v [1, K, past + T, d].
+    `prev` and `end` [T] are those of the `PackedBatch`. `past`: the number of keys that come before the row's own and
+    that every row sees. The plan attends with q [1, H, T, d] to k and v [1, K, past + T, d].
 
-    - `reference`: the rule itself, for all T x T pairs (`Dense`).
+    - `reference`: the rule itself, for all T x (past + T) pairs (`Dense`).
     - `chains`: a few padded calls of public PyTorch, on any device (`Chains`).
     - `blocks`: views merged by log-sum-exps, on CPUs (`Blocks`). It keeps the least for the backward pass.
     - `flex`: one fused kernel compiled for the rule, on CUDA (`Flex`).
     - `varlen`: flash attention of each chain to its path, on CUDA in half precision (`Varlen`).
-    - `auto`: on a CPU `blocks`, or `chains` where segments are short and calls would be many: what costs less by the
-      number of pairs, rows and calls. On CUDA `flex`: it copies no keys, pads nothing, shares key heads, and runs in
-      any precision but float64. Elsewhere `chains`.
+    - `auto`: on a CPU `blocks` or `chains`, whichever costs less by the number of pairs, rows and calls. Short
+      segments would need many calls of `blocks`; then it is `chains`. On CUDA `flex`: it copies no keys, pads nothing,
+      shares key heads, and runs in any precision but float64. Elsewhere `chains`.
 
-    Raises `ConfigError` for a name that does not exist or does not work on this device.
+    Raises `ConfigError` for a name that does not exist or does not work on this device, and `ValueError` for an empty
+    row.
     """
     device = torch.device(device)
     here = HERE.get(device.type, ELSEWHERE)
@@ -94,15 +97,15 @@ def plan_for(prev: Ints, end: Ints, past: int = 0, name: PlanName = "auto", devi
     if wanted == "flex":
         return Flex(end, past, device)
     if wanted == "blocks":
-        cuts = cuts_of(prev, end)
-        if name == "blocks" or cuts.cost + past * len(prev) <= chains_cost(prev, end, past):
-            return Blocks(cuts, end, past)
+        tiling = tiling_of(prev, end)
+        if name == "blocks" or tiling.cost + past * len(prev) <= chains_cost(prev, end, past):
+            return Blocks(tiling, end, past)
     return Chains(prev, end, past, device)
 
 
 @cache
 def _unfit(name: str) -> str:
-    """Why a plan does not work with what is installed, empty if it does; said once, as `auto` goes on without it."""
+    """Why the plan `name` does not work with what is installed; empty if it works. Logged once."""
     reason = ""
     if name == "blocks":
         reason = refused()
@@ -114,7 +117,7 @@ def _unfit(name: str) -> str:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Route the attention of every layer of `model` through the plan of the forward pass (in place)."""
+    """Let every layer of `model` attend through the plan of the forward pass (in place)."""
     AttentionInterface.register(NAME, _attend)
     model.set_attn_implementation(NAME)
 
@@ -125,7 +128,7 @@ def _attend(
     plan: Plan | None = options.get("plan")
     if plan is None:
         raise ValueError("this model runs under a treepo plan: call it through causal_lm, or set another attention")
-    # What a plan cannot express must never be dropped silently.
+    # A plan does not have these. To ignore them would give wrong results without a word.
     for name in ("sliding_window", "softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"attention with {name!r} is not supported")

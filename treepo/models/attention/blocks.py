@@ -1,4 +1,4 @@
-"""The fast plan of a CPU: blocks on the diagonal and unmasked rectangles under it, merged by their log-sum-exps.
+"""The fast plan of a CPU: blocks on the diagonal and unmasked rectangles below it, merged by their log-sum-exps.
 
 Letters: T tokens of a row, P keys before it, H query heads, K key-value heads, d dimensions of a head.
 """
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from treepo.models.attention.plan import Dense, Ints, visible
-from treepo.models.attention.tiling import Cuts
+from treepo.models.attention.tiling import Tiling
 
-# Not public, so `refused` asks whether they are there and do what is meant. None: another torch has renamed them.
+# These are private to PyTorch, so `refused` tries whether they do what we need. None: this torch does not have them.
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 @dataclass
-class _Piece:
+class _Tile:
     """Some rows against some keys: a block on the diagonal, or a rectangle in which all is seen."""
 
     queries: slice  # rows
@@ -36,7 +36,7 @@ class _Piece:
         return self.causal or self.mask is not None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention [1, H, queries, d] within the piece, and the log-sum-exp [1, H, queries] of its scores."""
+        """Attention [1, H, queries, d] within the tile, and the log-sum-exp [1, H, queries] of its scores."""
         q, k, v, mask = self._parts(q, k, v)
         out: tuple[Tensor, Tensor] = _forward(q, k, v, 0.0, self.causal, attn_mask=mask, scale=scale)
         return out
@@ -44,7 +44,7 @@ class _Piece:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The piece's share of the gradients of its q, k and v, given the output and log-sum-exp of all pieces."""
+        """The tile's share of the gradients of its q, k and v, given the output and log-sum-exp of all tiles."""
         grad, out, lse = (x[:, :, self.queries] for x in (grad, out, lse))
         q, k, v, mask = self._parts(q, k, v)
         found: tuple[Tensor, Tensor, Tensor] = _backward(
@@ -59,26 +59,24 @@ class _Piece:
 
 
 class Blocks:
-    """Exact attention of a packed row from views of it: nothing is gathered, padded or copied per leaf.
+    """Exact attention of a packed row from views of it. Nothing is gathered, padded or copied per leaf.
 
-    Rows are in depth-first order. So what hangs below a run of tokens is one contiguous range of queries, all of which
-    see all of the run: a *rectangle* without a mask. What remains are *blocks* on the diagonal: runs of tokens, which
-    are plainly causal, and small subtrees, which are cheaper whole under a mask. The blocks hold every row once; the
-    past is one more rectangle. Each piece is a call of PyTorch's flash attention for CPUs, which also returns the
-    log-sum-exp of its scores; with these the outputs are merged. Where a run ends is decided by cost (`cuts_of`).
+    The row is divided into tiles (`tiling_of`). A *rectangle* needs no mask: rows are in depth-first order, so the rows
+    below a run of tokens are one contiguous range of queries, and all of them see the whole run. A *block* lies on the
+    diagonal. It is a run of tokens, plainly causal, or a small subtree under a mask. The blocks hold every row once.
+    The past is one more rectangle. Each tile is a call of PyTorch's flash attention for CPUs. The call also returns the
+    log-sum-exp of the scores, with which the outputs of the tiles are merged.
 
-    Kept for the backward pass are q, k, v, the output and its log-sum-exp: given these *merged* two, the kernel's own
-    backward pass gives each piece's share of the exact gradient.
+    For the backward pass, q, k, v, the merged output and its log-sum-exp are kept. Given these, the kernel's own
+    backward pass returns each tile's share of the exact gradient.
     """
 
-    def __init__(self, found: Cuts, end: Ints, past: int) -> None:
-        self.blocks = [_Piece(slice(a, b), slice(past + a, past + b), causal=True) for a, b in found.chains]
-        self.blocks += [
-            _Piece(slice(a, b), slice(past + a, past + b), mask=_mask(end, a, b)) for a, b in found.subtrees
-        ]
-        self.rectangles = [_Piece(slice(a, b), slice(past + c, past + d)) for a, b, c, d in found.rectangles]
+    def __init__(self, tiling: Tiling, end: Ints, past: int) -> None:
+        self.blocks = [_Tile(slice(a, b), slice(past + a, past + b), causal=True) for a, b in tiling.causal]
+        self.blocks += [_Tile(slice(a, b), slice(past + a, past + b), mask=_mask(end, a, b)) for a, b in tiling.masked]
+        self.rectangles = [_Tile(slice(a, b), slice(past + c, past + d)) for a, b, c, d in tiling.rectangles]
         if past:
-            self.rectangles.append(_Piece(slice(0, len(end)), slice(0, past)))
+            self.rectangles.append(_Tile(slice(0, len(end)), slice(0, past)))
 
     def __str__(self) -> str:
         return f"{len(self.blocks)} blocks + {len(self.rectangles)} rectangles"
@@ -86,9 +84,9 @@ class Blocks:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         if len(q) != 1:
             raise ValueError(f"a packed pass has one row, not {len(q)}")
-        # Under autocast only `v` is sure to come straight from a matrix product.
+        # Under autocast, rotary embeddings and norms may give q and k another precision than v.
         q, k = q.to(v.dtype), k.to(v.dtype)
-        # The kernel takes the last dimension for dense without a look at it.
+        # The kernel assumes that the last dimension is dense. It does not check.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out: Tensor = _Attention.apply(q, k, v, scale, self)  # type: ignore[no-untyped-call]
         return out
@@ -103,11 +101,11 @@ class _Attention(torch.autograd.Function):
         _, heads, tokens, width = q.shape
         out = q.new_empty(1, tokens, heads, width, dtype=exact).transpose(1, 2)
         lse = q.new_empty(1, tokens, heads, dtype=exact).transpose(1, 2)
-        for piece in plan.blocks:
-            out[:, :, piece.queries], lse[:, :, piece.queries] = piece.forward(q, k, v, scale)
-        for piece in plan.rectangles:
-            part, part_lse = piece.forward(q, k, v, scale)
-            here, here_lse = out[:, :, piece.queries], lse[:, :, piece.queries]
+        for tile in plan.blocks:
+            out[:, :, tile.queries], lse[:, :, tile.queries] = tile.forward(q, k, v, scale)
+        for tile in plan.rectangles:
+            part, part_lse = tile.forward(q, k, v, scale)
+            here, here_lse = out[:, :, tile.queries], lse[:, :, tile.queries]
             here.lerp_(part.to(exact), torch.sigmoid(part_lse - here_lse)[..., None])
             torch.logaddexp(here_lse, part_lse, out=here_lse)
         out = out.to(q.dtype).transpose(1, 2)
@@ -124,10 +122,10 @@ class _Attention(torch.autograd.Function):
         past = k.shape[2] - q.shape[2]
         for total in totals[1:]:
             total[:, :, :past] = 0.0
-        for piece in (*ctx.plan.blocks, *ctx.plan.rectangles):
-            parts = piece.backward(grad, q, k, v, out, lse, ctx.scale)
-            for total, part, rows in zip(totals, parts, (piece.queries, piece.keys, piece.keys), strict=True):
-                if piece.diagonal:  # the blocks come first and hold every row once
+        for tile in (*ctx.plan.blocks, *ctx.plan.rectangles):
+            parts = tile.backward(grad, q, k, v, out, lse, ctx.scale)
+            for total, part, rows in zip(totals, parts, (tile.queries, tile.keys, tile.keys), strict=True):
+                if tile.diagonal:  # the blocks come first and hold every row once
                     total[:, :, rows] = part
                 else:
                     total[:, :, rows] += part
@@ -143,12 +141,12 @@ def _mask(end: Ints, begin: int, stop: int) -> Tensor:
 
 @cache
 def refused() -> str:
-    """Why this build of PyTorch cannot run `Blocks`, tried on a small tree; empty if it can."""
+    """Why this build of PyTorch cannot run `Blocks`; empty if it can. A small tree is tried."""
     end = np.array([4, 3, 3, 4])
-    found = Cuts(0, 4, 0.0, chains=((0, 1), (3, 4)), subtrees=((1, 3),), rectangles=((1, 4, 0, 1),))
+    tiling = Tiling(0, 4, 0.0, causal=((0, 1), (3, 4)), masked=((1, 3),), rectangles=((1, 4, 0, 1),))
     results = []
     try:
-        for plan in (Dense(end, 1, torch.device("cpu")), Blocks(found, end, 1)):
+        for plan in (Dense(end, 1, torch.device("cpu")), Blocks(tiling, end, 1)):
             q, k, v = (torch.arange(n * 2.0).cos().view(1, -1, rows, 2) for n, rows in ((8, 4), (5, 5), (5, 5)))
             with torch.enable_grad():
                 out = plan.attend(0, q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), 0.7)

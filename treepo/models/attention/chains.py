@@ -1,4 +1,4 @@
-"""The portable fast plan: chains of a packed row, alike ones in one call, on public PyTorch alone.
+"""The portable fast plan: the chains of a packed row, those of similar shape in one call. Public PyTorch alone.
 
 Letters: T tokens of a row, P keys before it.
 """
@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treepo.models.attention.plan import Ints, masked, visible, with_past
+from treepo.models.attention.plan import Ints, chain_starts, masked, visible, with_past
 
 # Costs for `Chains` in (query, key) pairs, measured forward and backward on one x86 core at H x d of 64 and 256 (35 to
-# 100 ns a pair). They decide how chains share calls, never what is computed; four times more or less costs under 10 %.
+# 100 ns a pair). They decide how chains share calls. They never change the result. Values four times larger or smaller
+# cost under 10 % of speed.
 CALL = 4096  # an attention call, however small
 ROW = 8  # a query or key of padding, beside its pairs
 QUERY, KEY = 77, 30  # of a whole plan, without padding: a query, and a key of a chain (copied, and its gradient added)
@@ -26,16 +27,15 @@ QUERY, KEY = 77, 30  # of a whole plan, without padding: a query, and a key of a
 class Chains:
     """Exact attention of a packed row in few dense calls.
 
-    A *chain* is a longest run of rows in which each token is predicted by the row before it: from a tree's root, or
-    from a child that is not its parent's first, down the first children. A chain attends to its ancestors, which are
-    a few contiguous runs of earlier chains, and causally to itself: it is a block of queries [first, first + length)
-    with keys [ancestors, own rows]. Chains of similar shape share a call, padded to the largest; a padded key is seen
-    by no query, and the output of a padded query is dropped. How many calls there are is the cheapest division of the
-    chains in order of size (`CALL`, `ROW`). A tree's first chain has no ancestors and needs no mask.
+    A *chain* (`chain_starts`) attends causally to itself, and to all of its ancestors: a few contiguous runs of earlier
+    chains. So a chain is a block of queries [first, first + length) with keys [ancestors, own rows]. Chains of similar
+    shape share a call and are padded to the largest of them. No query sees a padded key. The output of a padded query
+    is dropped. The chains are sorted by size and divided into calls in the cheapest way (`CALL`, `ROW`). A tree's first
+    chain has no ancestors and needs no mask.
 
-    Everything is public scaled_dot_product_attention and automatic differentiation, so gradients are exact; masks and
-    indices are made once per forward pass and shared by its layers. Memory: there are as many chains as leaves, and
-    each has its own copy of its ancestors' keys and values (of nothing else); masks have one number per pair.
+    Everything is public scaled_dot_product_attention and automatic differentiation, so gradients are exact. Masks and
+    indices are made once per forward pass, and its layers share them. Memory: there is about one chain per leaf. Each
+    has its own copy of its ancestors' keys and values, and of nothing else. A mask has one number per pair.
     """
 
     def __init__(self, prev: Ints, end: Ints, past: int, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Chains:
         keys = [call.keys for call in self.calls]
         self._from_queries = Take.plan(queries, tokens, device)
         self._from_keys = Take.plan(keys, past + tokens, device)
-        # The slot of each row's output among the (padded) queries of all calls, and that map's own inverse.
+        # Where each row's output is among the (padded) queries of all calls.
         slot = np.empty(tokens, np.int64)
         flat = np.concatenate([q.ravel() for q in queries])
         slot[flat[flat < tokens]] = np.flatnonzero(flat < tokens)
@@ -100,7 +100,7 @@ class Chain:
 
 def chains_of(prev: Ints, past: int) -> list[Chain]:
     """The chains of a row in its order, a parent before its children."""
-    first = np.flatnonzero((prev != np.arange(len(prev)) - 1) | (prev < 0))
+    first = chain_starts(prev)
     fork = prev[first]  # the row that a chain hangs off, -1 for a tree's first chain
     parent = np.searchsorted(first, fork, side="right") - 1
     chains: list[Chain] = []
@@ -115,16 +115,16 @@ def chains_of(prev: Ints, past: int) -> list[Chain]:
 
 
 def cost(prev: Ints, end: Ints, past: int) -> float:
-    """About what `Chains` takes for a row, in (query, key) pairs: comparable with `Cuts.cost`."""
-    first = np.flatnonzero((prev != np.arange(len(prev)) - 1) | (prev < 0))
+    """About what `Chains` costs for a row, in (query, key) pairs: comparable with `Tiling.cost`."""
+    first = chain_starts(prev)
     stop = np.append(first[1:], len(prev))
-    # The last row of a chain sees all rows up to itself but those whose subtree is over.
+    # The last row of a chain sees all rows up to itself, except those whose subtree has ended before.
     keys = past + stop - np.searchsorted(np.sort(end), stop - 1, side="right")
     return float(((stop - first) * (QUERY + keys) + KEY * keys).sum())
 
 
 def _grouped(chains: Sequence[Chain]) -> list[list[Chain]]:
-    """Divide the chains into calls, those without ancestors apart from the others."""
+    """Divide the chains into calls. A call has chains with ancestors or chains without, never both."""
     groups = []
     for plain in (True, False):
         part = [chain for chain in chains if (len(chain.ancestors) == 0) == plain]
@@ -156,7 +156,7 @@ class _Call:
 
     @classmethod
     def of(cls, chains: Sequence[Chain], end: Ints, past: int, device: torch.device) -> _Call:
-        """The call for `chains`, which all have ancestors or all have none; `end` is that of their row."""
+        """The call for `chains`. All of them have ancestors, or none has. `end` is that of their row."""
         tokens = len(end)
         queries = np.full((len(chains), max(chain.length for chain in chains)), tokens)
         keys = np.full((len(chains), max(chain.keys for chain in chains)), past + tokens)
@@ -169,12 +169,12 @@ class _Call:
         q, kv = (torch.as_tensor(x, device=device) for x in (queries, keys))
         ends = torch.as_tensor(np.append(with_past(end, past), 0), device=device)[kv]
         seen = visible(past + q[:, None, :, None], kv[:, None, None, :], ends[:, None, None, :])
-        # A query of padding would see nothing and divide by zero; its output is dropped, so let it see anything.
+        # A query of padding would see no key and give NaN. Its output is dropped, so it may see every key.
         seen |= (q == tokens)[:, None, :, None]
         return cls(queries, keys, seen)
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the scores: attention would make it from the boolean mask at every layer anew."""
+        """What is added to the scores; None: causal. From a boolean mask, every layer would make it anew."""
         if self.visible is None:
             return None
         return torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device).masked_fill_(
@@ -183,14 +183,14 @@ class _Call:
 
 
 class Take(torch.autograd.Function):
-    """x [rows, width] -> x[index] [slots, width], with a backward that sums the slots of each row in a fixed order.
+    """x [rows, width] -> x[index] [slots, width]. Its backward pass sums the slots of each row in a fixed order.
 
-    `index_select` alone would do; its backward adds slot by slot and is twice as slow on a CPU.
+    `index_select` alone would be correct too. Its backward pass adds slot by slot and is twice as slow on a CPU.
     """
 
     @staticmethod
     def plan(index: Sequence[Ints], rows: int, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """A function of x for `index` (joined); slots of padding (index = rows) take row 0 and give no gradient."""
+        """The function of x for `index` (joined). A slot of padding (index = rows) takes row 0 without gradient."""
         flat = np.concatenate([i.ravel() for i in index])
         used = np.flatnonzero(flat < rows)
         slots = used[np.argsort(flat[used], kind="stable")]  # sorted by row

@@ -1,4 +1,4 @@
-"""A plan for CUDA: FlexAttention, whose kernels take the rule as it is and skip the tiles in which nothing is seen.
+"""A plan for CUDA: FlexAttention. Its kernels evaluate the rule, and skip the tiles in which no query sees a key.
 
 Letters: T tokens of a row, P keys before it, H query heads, K key-value heads, d dimensions of a head.
 """
@@ -19,11 +19,11 @@ from treepo.models.attention.plan import Ints, visible, with_past
 
 
 class Flex:
-    """Exact attention of a packed row in one fused kernel, forward and backward; nothing is copied per leaf.
+    """Exact attention of a packed row in one fused kernel, forward and backward. Nothing is copied per leaf.
 
-    The tiles to visit follow from `visible` once per forward pass, for all layers. Lengths and trees differ from row
-    to row, so the rule reads them from tensors: a number in it would compile the kernels anew each time.
-    On a CPU there is no fused kernel and no backward pass: only a slow forward pass, for tests.
+    Which tiles have visible pairs is computed once per forward pass, for all layers. Lengths and trees differ from row
+    to row. The rule reads them from tensors: with numbers in it, the kernels would be compiled again for each row.
+    On a CPU there is no fused kernel and no backward pass, only a slow forward pass for tests.
     """
 
     def __init__(self, end: Ints, past: int, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Flex:
         self.mask = make(sees, None, None, len(end), past + len(end), device=device)
 
     def __str__(self) -> str:
-        # Of partly and of wholly visible tiles.
+        # Tiles that are partly visible, then those that are wholly visible.
         tiles = int(self.mask.kv_num_blocks.sum())
         if self.mask.full_kv_num_blocks is not None:
             tiles += int(self.mask.full_kv_num_blocks.sum())

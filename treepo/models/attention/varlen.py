@@ -1,4 +1,4 @@
-"""Another plan for CUDA: variable-length flash attention over chains, each with its path's keys.
+"""A plan for CUDA: variable-length flash attention over chains, each with the keys of its path.
 
 Letters: T tokens of a row, P keys before it, C chains, N keys of all chains together.
 """
@@ -22,10 +22,10 @@ from treepo.models.attention.plan import Ints
 class Varlen:
     """Exact attention of a packed row in one call without padding or masks, in half precision.
 
-    Chains partition the row in its order, so the queries are the row as it is. The keys of a chain are its ancestors
-    and itself, copied: N of them, about leaves times depth. The causal mask is aligned to the last query and the last
-    key of a sequence ("bottom right"), as flash attention has it since its version 2.1; so a chain sees all of its
-    ancestors, and itself causally. It needs nothing compiled, which is its advantage over `Flex`.
+    The chains (`chain_starts`) divide the row in its order, so the queries are the row as it is. The keys of a chain
+    are a copy of its ancestors and of itself. All chains together have N keys, about leaves times depth. Flash
+    attention since version 2.1 aligns the causal mask to the last query and the last key of a sequence ("bottom
+    right"). So a chain sees all of its ancestors, and itself causally. The advantage over `Flex`: nothing is compiled.
     """
 
     def __init__(self, prev: Ints, past: int, device: torch.device, attention: Callable[..., Tensor]) -> None:
@@ -56,7 +56,7 @@ class Varlen:
 
 
 def kernel() -> Callable[..., Tensor]:
-    """PyTorch's `varlen_attn`; `ConfigError` where it is too old to have it as `Varlen` needs it."""
+    """PyTorch's `varlen_attn`. Raises `ConfigError` if this torch has none, or one without the options we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
