@@ -198,7 +198,7 @@ def test_a_run_without_a_checkpoint_has_no_model_to_use(command: str, tmp_path: 
     (tmp_path / "run").mkdir()
     write_config(tmp_path).rename(tmp_path / "run" / "config.yaml")  # as a run killed in its warm-up
     error = fail(monkeypatch, capsys, command, tmp_path / "run")
-    assert f"run: has no checkpoint yet: go on with treepo train {tmp_path / 'run'} --resume" in error
+    assert f"run: has no checkpoint yet: continue with treepo train {tmp_path / 'run'} --resume" in error
 
 
 def test_a_finished_run_can_be_resumed_from_its_folder(finished_run: Path) -> None:
@@ -240,7 +240,7 @@ def test_bad_settings_are_one_line(tmp_path: Path, monkeypatch, capsys) -> None:
     ):
         assert message in fail(monkeypatch, capsys, "train", path, override)
     assert "absent.yaml: cannot be read" in fail(monkeypatch, capsys, "train", tmp_path / "absent.yaml")
-    assert "--split: train or test, not 'dev'" in fail(monkeypatch, capsys, "sample", path, "--split", "dev")
+    assert "--split: must be train or test, not 'dev'" in fail(monkeypatch, capsys, "sample", path, "--split", "dev")
 
 
 def test_files_that_cannot_be_written_are_one_line(finished_run: Path, monkeypatch, capsys) -> None:

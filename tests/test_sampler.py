@@ -12,7 +12,7 @@ from treepo.engines import Sampling
 from treepo.engines.scripted import ScriptedEngine, random_reply
 from treepo.errors import EngineError
 from treepo.policies.branching import LevelBudget
-from treepo.policies.fallback import Block, GridBoundary, LowestLogProb, NoFallback, Restart, SegmentBoundary
+from treepo.policies.fallback import GridBoundary, LowestLogProb, NoFallback, Restart, SegmentBoundary, WeightedBlock
 from treepo.policies.stopping import EarlyStop
 from treepo.sampler import Sampler, SamplerSettings
 from treepo.seeds import generator
@@ -26,7 +26,7 @@ candidates = {
 fallbacks = st.one_of(
     st.builds(SegmentBoundary, **candidates),
     st.builds(GridBoundary, window=st.integers(1, 9), **candidates),
-    st.builds(Block, window=st.integers(1, 9), prefer=st.sampled_from(["low", "high"]), **candidates),
+    st.builds(WeightedBlock, window=st.integers(1, 9), prefer=st.sampled_from(["low", "high"]), **candidates),
     st.builds(LowestLogProb, **candidates),
     st.just(Restart()),
     st.just(NoFallback()),

@@ -138,7 +138,7 @@ def test_rollouts_that_are_added_one_by_one_are_all_in_the_file_at_any_time(tmp_
         (lambda row: row["tree"].update(schema=99), "schema 99"),
         (lambda row: row["tree"]["nodes"].pop(), "do not describe one tree"),
         (lambda row: row["tree"]["nodes"][3].update(parent=2), "names parent 2"),
-        (lambda row: row["tree"]["nodes"][3].update(stop=None), "needs either children or a stop"),
+        (lambda row: row["tree"]["nodes"][3].update(stop=None), "have either children or a stop"),
         (lambda row: row["tree"]["nodes"][3].update(stop="bored"), "bored"),
         (lambda row: row["tree"]["nodes"][3].update(entropies=[0.5]), "2 tokens and 1 entropies"),
         (lambda row: row.pop("rewards"), "rewards"),
@@ -151,7 +151,7 @@ def test_a_damaged_file_names_file_and_line(tmp_path, damage, message: str) -> N
     good, row = path.read_text().splitlines()[0], json.loads(path.read_text().splitlines()[1])
     damage(row)
     path.write_text(good + "\n" + json.dumps(row) + "\n")
-    with pytest.raises(TaskError, match=rf"trees.jsonl:2: not a rollout: .*{message}"):
+    with pytest.raises(TaskError, match=rf"trees.jsonl:2: not a scored tree: .*{message}"):
         list(read_trees(path))
 
 

@@ -14,7 +14,9 @@ SHORT = WarmupSettings(steps=20, batch=16, lr=1e-2)
 
 def warmed(seed=1, settings=SHORT, losses=None):
     model = create(SMALL, TOKENIZER, 0)
-    warm_up(model, TOKENIZER, TASK, settings, seed, None if losses is None else lambda _, loss: losses.append(loss))
+    warm_up(
+        model, TOKENIZER, TASK, TASK, settings, seed, None if losses is None else lambda _, loss: losses.append(loss)
+    )
     return model.state_dict()
 
 
@@ -61,4 +63,4 @@ def test_the_learning_rate_rises_and_falls():
 def test_a_lesson_too_long_for_the_model_is_refused():
     model = create(SMALL.model_copy(update={"context": 20}), TOKENIZER, 0)
     with pytest.raises(ConfigError, match="a lesson of 39 tokens exceeds the model's 20"):
-        warm_up(model, TOKENIZER, TASK, SHORT, 0)
+        warm_up(model, TOKENIZER, TASK, TASK, SHORT, 0)

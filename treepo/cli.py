@@ -1,4 +1,4 @@
-"""The command line. Every command says what it will do, takes one configuration, and fails in one line."""
+"""The command line. Most commands take a configuration and overrides. An error is printed in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from treepo.errors import ConfigError, TreePOError
 from treepo.files import writing
 from treepo.studies import STUDIES, find
 
-if TYPE_CHECKING:  # a help page must not wait for torch
+if TYPE_CHECKING:  # `--help` must not wait for the import of torch
     from treepo.run.config import Config
     from treepo.tree import ScoredTree
 
@@ -34,16 +34,16 @@ app = typer.Typer(
 console = Console()
 
 ConfigFile = Annotated[
-    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or the folder of a run.", show_default=False)
+    Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run's folder.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value]...", help="Settings to change, e.g. sampler.width=8.", show_default=False),
 ]
 ModelFolder = Annotated[
-    str | None, typer.Option("--model", metavar="FOLDER", help="Use this model instead of the configuration's.")
+    str | None, typer.Option("--model", metavar="FOLDER", help="Use this model, not the one of the configuration.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the configuration with all settings and exit.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -66,17 +66,17 @@ def train(
     config: ConfigFile,
     overrides: Overrides = None,
     model: ModelFolder = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the newest checkpoint of the run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run from its newest checkpoint.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a model; the run folder gets its checkpoints, metrics, trees and learning curve.
+    """Train a model. The run's folder (out=...) gets checkpoints, metrics, trees and a learning curve.
 
-    [bold]treepo train configs/program.yaml[/]  the demo: create a small model and teach it to reason
+    [bold]treepo train configs/program.yaml[/]  the demo: create a small model and train it
 
-    [bold]treepo train configs/dataset.yaml model.path=MODEL task.path=FILE.jsonl out=runs/mine[/]  your own
+    [bold]treepo train configs/dataset.yaml model.path=MODEL task.path=FILE.jsonl out=runs/mine[/]  your model and data
 
-    Ctrl-C ends the run after the step under way, with a checkpoint; a second Ctrl-C ends it at once. Either way,
-    [bold]--resume[/] goes on.
+    Ctrl-C finishes the current step, saves a checkpoint and stops. A second Ctrl-C stops at once. In both cases
+    [bold]--resume[/] continues the run.
     """
     settings = _load(config, overrides, model, dry_run=dry_run)
     _quiet()
@@ -105,7 +105,7 @@ def train(
     )
     print_saved(console, model=trainer.folder.latest_checkpoint(), learning_curve=draw_curve(trainer.folder))
     if not done:
-        console.print(f"stopped early; go on with: treepo train {trainer.folder.path} --resume", soft_wrap=True)
+        console.print(f"stopped early; to continue: treepo train {trainer.folder.path} --resume", soft_wrap=True)
         raise typer.Exit(130)
 
 
@@ -114,23 +114,21 @@ def sample(
     config: ConfigFile,
     overrides: Overrides = None,
     model: ModelFolder = None,
-    problems: Annotated[int, typer.Option(min=1, help="How many problems.")] = 4,
-    split: Annotated[str, typer.Option(help="train or test.")] = "test",
-    draw: Annotated[int, typer.Option(min=0, help="How many of the trees to draw.")] = 1,
-    out: Annotated[
-        Path | None, typer.Option(help="Write each rollout, once it is finished, to this .jsonl or .jsonl.gz file.")
-    ] = None,
-    svg: Annotated[Path | None, typer.Option(help="Also write what was drawn to this .svg file.")] = None,
+    problems: Annotated[int, typer.Option(min=1, help="Number of problems.")] = 4,
+    split: Annotated[str, typer.Option(help="Split of the problems: train or test.")] = "test",
+    draw: Annotated[int, typer.Option(min=0, help="Number of trees to draw in the terminal.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Write each finished tree to this .jsonl or .jsonl.gz file.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the drawing to this .svg file.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Grow trees for a few problems, score and draw them.
+    """Sample and score trees for a few problems, and draw them.
 
-    [bold]treepo sample runs/program --draw 2[/]  with the newest model of a run
+    [bold]treepo sample runs/program --draw 2[/]  use the newest checkpoint of a run
 
-    [bold]treepo sample configs/dataset.yaml --model MODEL task.path=FILE.jsonl[/]  with any model
+    [bold]treepo sample configs/dataset.yaml --model MODEL task.path=FILE.jsonl[/]  use any model
     """
     if split not in ("train", "test"):
-        raise ConfigError(f"--split: train or test, not {split!r}")
+        raise ConfigError(f"--split: must be train or test, not {split!r}")
     settings = _load(config, overrides, model, newest=True, dry_run=dry_run)
     _quiet()
     from treepo.report.console import SamplingProgress, drawing, print_saved, tree_table
@@ -163,7 +161,7 @@ def sample(
         picture.print(*drawings, sep="\n\n")
         with writing(svg, "choose another --svg"):
             picture.save_svg(str(svg), title="treepo sample")
-    print_saved(console, rollouts=out, picture=svg)
+    print_saved(console, trees=out, picture=svg)
 
 
 @app.command("eval")
@@ -194,26 +192,30 @@ def evaluate_(
 
 @app.command(epilog="\n\n".join(f"[bold]{name}[/]: {what}" for name, (_, _, what) in STUDIES.items()))
 def study(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Which study; all are listed below.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the study; see the list below.", show_default=False)
+    ],
     config: ConfigFile,
     overrides: Overrides = None,
     model: ModelFolder = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Minutes instead of an hour; shows no more than how.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A small version that takes minutes; its results prove nothing.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Compare arms side by side, with several seeds: the paper's experiments.
+    """Run an experiment of the paper: compare several settings, each with several seeds.
 
     [bold]treepo study headline configs/program.yaml study.jobs=2[/]  GRPO against TreePO
 
-    [bold]treepo study overlap runs/program --quick[/]  with the newest model of a run
+    [bold]treepo study overlap runs/program --quick[/]  use the newest checkpoint of a run
 
-    Settings of the study itself are study.key=value (study.seeds, study.jobs, ...).
+    Set the options of the study itself as study.key=value (study.seeds, study.jobs, ...).
 
-    The folder (out=...) gets a plot, JSON and a page. Ctrl-C stops it; the same command goes on where it was.
+    The folder (out=...) gets a plot, JSON and a page. Ctrl-C stops the study. The same command continues it.
     """
-    own = [change.removeprefix("study.") for change in overrides or [] if change.startswith("study.")]
+    of_study = [change.removeprefix("study.") for change in overrides or [] if change.startswith("study.")]
     others = [change for change in overrides or [] if not change.startswith("study.")]
-    found = find(name, own, quick=quick)
+    found = find(name, of_study, quick=quick)
     first = [f"out=runs/study-{name}{'-quick' if quick else ''}", *(found.quick_config() if quick else ())]
     settings = _load(config, [*first, *others], model, newest=True, dry_run=dry_run)
     _quiet()
@@ -224,10 +226,10 @@ def study(
     folder = StudyFolder(name, found, settings, Path(settings.out))
     with StudyProgress(console) as progress:
         runner = Runner(folder, progress)
-        _stop_gently(runner.stop, "ending: cells under way keep what they have")
+        _stop_gently(runner.stop, "stopping: unfinished runs keep their checkpoints")
         done = runner()
     if not done:
-        console.print("stopped early; the same command goes on", soft_wrap=True)
+        console.print("stopped early; the same command continues", soft_wrap=True)
         raise typer.Exit(130)
     findings = found.findings(settings, folder.done)
     console.print(f"[bold]{found.question}[/]")
@@ -241,32 +243,37 @@ def study(
 @app.command()
 def serve(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder of a causal LM and its tokenizer.", show_default=False)
+        str, typer.Argument(metavar="MODEL", help="Folder with a causal LM and its tokenizer.", show_default=False)
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: every one of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
-    slots: Annotated[int, typer.Option(min=1, help="Segments decoded at once; more requests wait.")] = 128,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all addresses of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Segments decoded at the same time; further requests wait.")] = 128,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of prefix and segment. Default: the model's context.")
+        int | None, typer.Option(min=2, help="Most tokens of a prefix and its segment. Default: the model's context.")
     ] = None,
     memory_gib: Annotated[
-        float, typer.Option(min=0, help="Most GiB of prefixes kept between requests; the slots' come on top.")
+        float, typer.Option(min=0, help="Most GiB of prefixes kept between requests. The slots need more memory.")
     ] = 4.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="A torch device; auto takes CUDA where it is.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's choice.")] = None,
+    device: Annotated[str, typer.Option(help="A torch device; auto: CUDA if available, else CPU.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch decides.")] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Answer only who bears the key in this environment variable.")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Environment variable with an API key. Requests without this key are refused."
+        ),
     ] = None,
 ) -> None:
-    """Serve a model to `engine.kind=server`, over the local engine, as vLLM and SGLang do: token ids in and out.
+    """Serve a model over HTTP for `engine.kind=server`. Requests and replies are token ids, as in vLLM and SGLang.
 
     [bold]treepo serve MODEL --port 8000[/]
 
     [bold]treepo train CONFIG engine.kind=server engine.urls=\\[http://127.0.0.1:8000][/]
 
-    For small models and for tests: on GPUs, vLLM and SGLang are faster. Whoever reaches the port can change the
-    weights.
+    This server is for small models and tests. On GPUs, vLLM and SGLang are faster. Anyone who can connect to the port
+    can change the weights, unless you set --api-key-env.
     """
     from importlib.util import find_spec
 
@@ -295,7 +302,7 @@ def serve(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, which engines work here, what is missing and how to get it."""
+    """Check the installation: which libraries and engines work here, what is missing, and how to install it."""
     _quiet()
     from rich.table import Table
 
@@ -314,7 +321,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of the user and of the world are one line, bugs are tracebacks."""
+    """Entry point. A `TreePOError` is printed in one line; any other exception is a bug and shows its traceback."""
     try:
         app()
     except TreePOError as error:
@@ -329,22 +336,23 @@ def _plain(text: str) -> str:
 def _load(
     config: Path, overrides: list[str] | None, model: str | None, *, newest: bool = False, dry_run: bool = False
 ) -> Config:
-    """The configuration of a file or of a run's folder; `newest`: with the folder's newest checkpoint as the model.
+    """The configuration in a file or in a run's folder, with overrides.
 
-    A dry run prints it and ends here.
+    `newest`: if it is a run's folder and no model is given, use its newest checkpoint. `dry_run`: print the
+    configuration and exit.
     """
     from treepo.run.config import dump, load
 
     changes = list(overrides or [])
     if config.is_dir():
-        changes.insert(0, f"out={json.dumps(str(config))}")  # wherever it was moved since, or is seen from
+        changes.insert(0, f"out={json.dumps(str(config))}")  # the folder may have been moved
         if newest and model is None and not any(change.startswith("model.path=") for change in changes):
             from treepo.run.checkpoint import latest
 
             found = latest(config / "checkpoints")
             if found is None and (config / "config.yaml").is_file():
                 raise ConfigError(
-                    f"{config}: has no checkpoint yet: go on with treepo train {config} --resume, or name a --model"
+                    f"{config}: has no checkpoint yet: continue with treepo train {config} --resume, or give a --model"
                 )
             model = str(found) if found else None
         config = config / "config.yaml"
@@ -359,7 +367,7 @@ def _load(
 
 @contextmanager
 def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is gone at the end, as a function of (done, of how many)."""
+    """A progress bar that is removed at the end. Gives the function (done, total) that updates it."""
     from rich.progress import Progress
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -368,7 +376,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _quiet() -> None:
-    """Keep the libraries' progress bars and advice out of ours."""
+    """Switch off the progress bars and warnings of the libraries. Raises `ConfigError` if one is missing."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
@@ -379,11 +387,11 @@ def _quiet() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _stop_gently(stop: Callable[[], None], word: str = "ending after this step") -> None:
-    """First Ctrl-C or SIGTERM: say so and `stop`; the second one acts as ever."""
+def _stop_gently(stop: Callable[[], None], word: str = "stopping after this step") -> None:
+    """On the first Ctrl-C or SIGTERM, print `word` and call `stop`. The second one ends the process as usual."""
 
     def handle(number: int, frame: Any) -> None:  # noqa: ARG001
-        console.print(f"{word}; once more to end now")
+        console.print(f"{word}; press Ctrl-C again to stop now")
         stop()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

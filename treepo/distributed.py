@@ -1,4 +1,4 @@
-"""Several processes, one run: each has the whole model and a share of the work, and all agree on everything else."""
+"""One run in several processes: each has the whole model and does a part of the work."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process's place among `count`; every method but `mine` must be called by all of them together.
+    """This process and the others of the run. All processes must call each method, except `mine`, together.
 
-    One process needs no communication. Several belong to an `accelerate.Accelerator` that exists.
+    With one process, nothing is sent. With several, `started` must have set up `accelerate`.
     """
 
     rank: int = 0
@@ -24,7 +24,7 @@ class Processes:
 
     @classmethod
     def started(cls, *, cpu: bool) -> Self:
-        """The processes that torchrun or accelerate started, ready to talk to each other; without them, one process."""
+        """The processes that torchrun or accelerate started, connected to each other. Without these tools: one."""
         from accelerate import PartialState
 
         state = PartialState(cpu=cpu)
@@ -32,22 +32,22 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files and reports."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th of the items, beginning with the `rank`-th."""
+        """This process's share of `items`: every `count`-th, from index `rank` on."""
         return items[self.rank :: self.count]
 
     def everyones(self, mine: Sequence[T]) -> list[T]:
-        """The inverse of `mine`: all items in their order, once each process has dealt with its share."""
+        """The inverse of `mine`: from each process's share, all items in their order."""
         if self.count == 1:
             return list(mine)
         numbered = [(self.rank + i * self.count, item) for i, item in enumerate(mine)]
         return [item for _, item in sorted(_gathered(numbered), key=lambda pair: pair[0])]
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in some process."""
+        """Whether `flag` is true in at least one process."""
         return flag if self.count == 1 else any(_gathered([flag]))
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Processes:
         return found
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Replace each gradient by the sum over all processes; none counts as zero."""
+        """Replace each gradient by the sum over all processes. A missing gradient counts as zero."""
         if self.count == 1:
             return
         import torch
@@ -81,7 +81,7 @@ class Processes:
                 torch.distributed.broadcast(tensor.data, src=0)
 
     def wait(self) -> None:
-        """Return once all processes are here."""
+        """Wait until all processes have called this."""
         self.any(False)
 
 

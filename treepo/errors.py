@@ -2,12 +2,12 @@
 
     TreePOError
     |-- ConfigError   a setting, a command line or a model folder cannot be used as given
-    |-- TaskError     a problem, a data file or a reward function is at fault
-    |-- EngineError   the world: a server is down, a request timed out, memory ran out
-    `-- DivergenceError   an update made numbers that are not finite
+    |-- TaskError     a problem, a data file or a reward function is wrong
+    |-- EngineError   an inference engine failed: a server is down, a request timed out, memory ran out
+    `-- DivergenceError   an update gave numbers that are not finite
 
-Messages say where, what was given, what is allowed, and how to mend it, in one line. Anything else that
-escapes is a bug of ours and is never caught.
+A message is one line. It has the place, the given value, what is allowed, and how to correct it. Any other exception is
+a bug in treepo, and treepo does not catch it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class TreePOError(Exception):
-    """Root of the errors that a caller may want to catch."""
+    """The parent of all errors that treepo raises on purpose."""
 
 
 class ConfigError(TreePOError):
@@ -25,11 +25,11 @@ class ConfigError(TreePOError):
 
 
 class TaskError(TreePOError):
-    """A problem, a data file or a reward function is at fault."""
+    """A problem, a data file or a reward function is wrong."""
 
 
 class EngineError(TreePOError):
-    """An inference engine could not answer; raised at the engine's edge only."""
+    """An inference engine failed. Only engines, and the code that calls them, raise it."""
 
 
 class DivergenceError(TreePOError):

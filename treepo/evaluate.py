@@ -19,19 +19,21 @@ from treepo.seeds import derive
 from treepo.settings import Settings
 from treepo.tree import ScoredTree
 
-DRAWS = 1000  # of every bootstrap
+DRAWS = 1000  # resamples of each bootstrap
 
 
 class EvaluateSettings(Settings):
-    """How the held-out problems are answered."""
+    """Held-out evaluation: one greedy response and several sampled ones per test problem."""
 
-    problems: int = Field(128, ge=1, description="Test problems, the first of the split.")
-    samples: int = Field(16, ge=1, description="Independent responses per problem; also the k of pass@k and maj@k.")
-    sampling: Sampling = Field(Sampling(), description="Distribution of the sampled responses.")
-    correct_at: float = Field(1.0, description="A response is right if its reward is at least this.")
+    problems: int = Field(128, ge=1, description="Number of test problems; the first of the split are used.")
+    samples: int = Field(
+        16, ge=1, description="Independently sampled responses per problem; also the k of pass@k and maj@k."
+    )
+    sampling: Sampling = Field(Sampling(), description="Temperature, top_p and top_k of the sampled responses.")
+    correct_at: float = Field(1.0, description="A response counts as right if its reward is at least this.")
 
     def shape(self, sampler: SamplerSettings) -> SamplerSettings:
-        """The independent responses that are asked of each problem, as long as those of `sampler`."""
+        """`sampler` with `samples` independent responses per problem instead of a tree."""
         return sampler.model_copy(update={"mode": "iid", "width": self.samples, "sampling": self.sampling})
 
 
@@ -49,7 +51,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a policy can do on `problems` held-out problems with `samples` responses each."""
+    """The results on `problems` held-out problems with `samples` responses each."""
 
     problems: int
     samples: int
@@ -61,7 +63,7 @@ class Evaluation:
     unscored: int  # responses without a known reward; they count as wrong
 
     def metrics(self) -> dict[str, float | int]:
-        """Plain numbers under the names of metrics.jsonl, such as `eval/sampled/pass@1` and its `.../low`."""
+        """Numbers by the names of metrics.jsonl, such as `eval/sampled/pass@1` and `eval/sampled/pass@1/low`."""
         means = {
             "eval/greedy/pass@1": self.greedy,
             "eval/sampled/pass@1": self.pass_at_1,
@@ -81,10 +83,11 @@ def evaluate(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Answer the first test problems independently, once greedily and `samples` times at random.
+    """Sample one greedy response and `samples` random ones for each of the first test problems, and score them.
 
-    The random numbers depend on `seed` (of the run) and the problems alone, so that two policies, or one at two times,
-    are compared on common draws. `sampler` gives the response budget and the stopping rule.
+    The random numbers depend only on the run's `seed` and the problems, so two evaluations use the same numbers.
+    `sampler` gives the response budget and the stopping rule. `on_progress(trees done, trees)` is called for every
+    tree. Raises `TaskError` without test problems.
     """
     seed = derive(seed, "evaluate")
     problems = actor.task.problems("test")[: settings.problems]
@@ -98,7 +101,7 @@ def evaluate(
     answered = actor.sample(asked, [actor.sampler(shape) for shape in shapes], seed, on_progress=on_progress).trees
     greedy, sampled = answered[: len(keyed)], answered[len(keyed) :]
     right = correct(sampled, settings.correct_at)
-    lengths = [r.tree.response_length(leaf) for r in sampled for leaf in r.tree.leaves()]
+    lengths = [scored.tree.response_length(leaf) for scored in sampled for leaf in scored.tree.leaves()]
     return Evaluation(
         problems=len(problems),
         samples=settings.samples,
@@ -107,12 +110,12 @@ def evaluate(
         pass_at_k=_estimate(pass_at_k(right, settings.samples), seed),
         maj_at_k=_estimate(maj_at_k(final_answers(actor, sampled), right, settings.samples, seed), seed),
         response_tokens=float(np.mean(lengths)),
-        unscored=sum(reward is None for r in sampled for reward in r.rewards),
+        unscored=sum(reward is None for scored in sampled for reward in scored.rewards),
     )
 
 
 def pass_at_k(right: np.ndarray[Any, np.dtype[np.bool_]], k: int) -> Floats:
-    """[P] probability that at least one of k responses, drawn without replacement from `right` [P, n], is right.
+    """[P] the probability that at least one of k responses is right, drawn without replacement from `right` [P, n].
 
     Source: the unbiased estimator of arXiv 2107.03374.
     """
@@ -125,10 +128,11 @@ def pass_at_k(right: np.ndarray[Any, np.dtype[np.bool_]], k: int) -> Floats:
 def maj_at_k(
     answers: Sequence[Sequence[str | None]], right: np.ndarray[Any, np.dtype[np.bool_]], k: int, seed: int
 ) -> Floats:
-    """[P] probability that the most frequent answer among k responses is right, by 1000 draws with replacement.
+    """[P] the probability that the most frequent answer among k responses is right, by 1000 draws with replacement.
 
-    Responses without an answer do not vote; draws without any vote are wrong; a tie counts by the share of the tied
-    answers that is right. Source: maj@16 of arXiv 2508.17445.
+    `answers` [P][n] and `right` [P, n] are the responses to draw from. A response without an answer has no vote, and a
+    draw without a vote counts as wrong. A tie counts as the fraction of the tied answers that are right.
+    Source: maj@16 of arXiv 2508.17445.
     """
     found = np.zeros(len(answers))
     for p, given in enumerate(answers):
@@ -144,15 +148,16 @@ def maj_at_k(
     return found
 
 
-def correct(rollouts: Sequence[ScoredTree], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """[P, leaves] whether a leaf's reward is known and at least `correct_at`; all trees have equally many leaves."""
-    return np.array([[reward is not None and reward >= correct_at for reward in r.rewards] for r in rollouts])
+def correct(trees: Sequence[ScoredTree], correct_at: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """[P, L] whether the reward of each leaf is known and at least `correct_at`. Every tree must have L leaves."""
+    return np.array([[reward is not None and reward >= correct_at for reward in scored.rewards] for scored in trees])
 
 
-def final_answers(actor: Actor, rollouts: Sequence[ScoredTree]) -> list[list[str | None]]:
-    """What each leaf answers, per tree, as votes count it."""
+def final_answers(actor: Actor, trees: Sequence[ScoredTree]) -> list[list[str | None]]:
+    """[P][L] the final answer of each leaf, or None."""
     return [
-        [actor.task.final_answer(actor.decode(r.tree.response(leaf))) for leaf in r.tree.leaves()] for r in rollouts
+        [actor.task.final_answer(actor.decode(scored.tree.response(leaf))) for leaf in scored.tree.leaves()]
+        for scored in trees
     ]
 
 

@@ -1,4 +1,4 @@
-"""One event loop for everything that an engine does, also where a loop is running already (Jupyter, Colab)."""
+"""One event loop for all calls of an engine. It also works inside a running loop, as in Jupyter or Colab."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class EventLoop:
-    """Runs coroutines one after the other on an event loop of its own. A context manager.
+    """A new event loop that runs coroutines one after the other. A context manager.
 
-    The connections of an engine belong to the loop that made them, so all calls of an engine go through one
-    `EventLoop`. A cell of a notebook runs inside a running loop, where `asyncio.run` is refused: there the work is
-    done on this loop in another thread, and the cell waits for it.
+    The connections of an engine belong to the loop that made them, so all calls of an engine must use one `EventLoop`.
+    A notebook cell runs inside a running loop, where `asyncio.run` raises an error. In this case the coroutine runs in
+    another thread, and the cell waits for it.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class EventLoop:
                 raise
 
     def interrupt(self) -> None:
-        """Cancel what runs on this loop in another thread, if anything does."""
+        """Cancel everything that runs on this loop in another thread."""
         loop = self._runner.get_loop()
         if loop.is_running():
             loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
 
     def close(self) -> None:
-        """Cancel what is left on the loop and close it."""
+        """Cancel the remaining tasks of the loop and close it."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:

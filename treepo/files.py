@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what a disk that refuses means."""
+"""Files and folders that are complete or do not exist, and errors of the disk as `ConfigError`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from treepo.errors import ConfigError
 
 @contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turn an `OSError` while `path` is written into a `ConfigError` that ends with `remedy`."""
+    """Turn an `OSError` while `path` is written into a `ConfigError`, whose message ends with `remedy`."""
     try:
         yield
     except OSError as error:
@@ -22,22 +22,22 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(final: Path) -> Iterator[Path]:
-    """A path to write to that is renamed to `final` at the end; after an error `final` is as it was before."""
+    """A path to write to, which is renamed to `final` at the end. After an error, `final` is as before."""
     part = _part(final)
     try:
         yield part
         part.replace(final)
-    except BaseException:  # not handled, only tidied up after
+    except BaseException:  # clean up, then raise it again
         part.unlink(missing_ok=True)
         raise
 
 
 @contextmanager
 def whole_folder(final: Path, *, sync: bool = False) -> Iterator[Path]:
-    """A new folder to fill that is renamed to `final` at the end; after an error `final` is as it was before.
+    """A new folder to fill, which is renamed to `final` at the end. After an error, `final` is as before.
 
-    `sync`: the files are on the disk before the rename, so that no crash of the machine leaves a renamed folder with
-    empty files. A folder that a killed process left half filled is removed first.
+    `sync`: write the files to the disk before the rename. Otherwise a crash of the machine may leave the renamed folder
+    with empty files. A folder that a killed process left incomplete is removed first.
     """
     part = _part(final)
     shutil.rmtree(part, ignore_errors=True)
@@ -51,13 +51,13 @@ def whole_folder(final: Path, *, sync: bool = False) -> Iterator[Path]:
         part.rename(final)
         if sync:
             _sync(final.parent)
-    except BaseException:  # not handled, only tidied up after
+    except BaseException:  # clean up, then raise it again
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
 def forget_parts(folder: Path) -> None:
-    """Remove what killed processes left half written in `folder` by `whole_file` and `whole_folder`."""
+    """Remove the incomplete files and folders that `whole_file` and `whole_folder` left when they were killed."""
     for part in folder.glob(".*.part"):
         if part.is_dir():
             shutil.rmtree(part)

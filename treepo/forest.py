@@ -1,4 +1,4 @@
-"""Many trees as flat arrays, so that advantages and packing are a few numpy calls, whatever the number of trees."""
+"""Many trees as flat arrays. Advantages and packing are a few numpy calls on them, for any number of trees."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Forest:
-    """N nodes of all trees, L leaves with a known reward, paths of at most D + 1 nodes (root first).
+    """Arrays over the N nodes of all trees and the L leaves with a known reward. Paths have at most D + 1 nodes.
 
-    Node n of tree t has the index `first_node[t] + n`. Leaves without a reward have no row: they take part in
-    no group and are not trained on.
+    Node n of tree t has the index `first_node[t] + n`. Leaves without a reward have no row: no leaf is compared with
+    them, and they are not trained on.
     """
 
-    trees: tuple[ScoredTree, ...]  # where its nodes are from, in order
+    trees: tuple[ScoredTree, ...]  # in the order of their nodes
     first_node: Ints  # [trees + 1]
     parent: Ints  # [N] node index; -1 for roots
-    length: Ints  # [N] tokens that the policy sampled in the node; 0 for roots and for what tools have added
-    lower: Bools  # [N] whether it is the lower part of a segment that was split (`Tree.split`); its parent is the upper
+    length: Ints  # [N] tokens that the policy sampled in the node; 0 for roots and for tool output
+    lower: Bools  # [N] whether the node is the lower part of a split segment; its parent is the upper part
     leaf: Ints  # [L] node index of each leaf
     tree: Ints  # [L] index of each leaf's tree
     depth: Ints  # [L] nodes on the path below the root; >= 1
@@ -44,7 +44,9 @@ class Forest:
         offset = np.repeat(first_node[:-1], np.diff(first_node))
         parent = np.where(parent < 0, -1, parent + offset)
         length[first_node[:-1]] = 0
-        segments = np.fromiter((node.depth for node in nodes), np.int64, len(nodes))  # a split makes no path deeper
+        segments = np.fromiter(
+            (node.depth for node in nodes), np.int64, len(nodes)
+        )  # a split does not change the depth
         lower = (parent >= 0) & (segments == segments[parent])
         scored = [
             (t, leaf, reward)
@@ -58,29 +60,30 @@ class Forest:
         return cls(tuple(trees), first_node, parent, length, lower, leaf, tree, *_paths(leaf, parent), rewards)
 
     def over_leaves(self, values: NDArray[np.float64]) -> Floats:
-        """[N] sums of `values` [L, D + 1] over the leaves below each node (zero where there is none)."""
+        """[N] the sum of `values` [L, D + 1] over the leaves at or below each node; 0 without such a leaf."""
         on_path = self.path >= 0
         return np.bincount(self.path[on_path], values[on_path], len(self.length)).astype(np.float64)
 
     @property
     def leaf_count(self) -> Floats:
-        """[N] leaves below each node."""
+        """[N] the number of leaves at or below each node."""
         return self.over_leaves(np.ones(self.path.shape))
 
     @property
     def same_segment(self) -> Bools:
-        """[N] whether a node and its parent are one segment that was split, and no scored leaf hangs between them."""
+        """[N] whether a node and its parent are parts of one split segment and lead to the same scored leaves."""
         count = self.leaf_count
         same: Bools = self.lower & (count == count[self.parent])
         return same
 
 
 def _paths(leaf: Ints, parent: Ints) -> tuple[Ints, Ints]:
-    """Depths [L] and root-first paths [L, D + 1]: climb from all leaves at once, then turn each row round."""
+    """Depths [L], and paths [L, D + 1] from the root to the leaf."""
+    # Step from all leaves to their parents until every path is at its root. Then reverse each row.
     climbing, node = [leaf], leaf
     while (node := np.where(node >= 0, parent[node], -1)).max(initial=-1) >= 0:
         climbing.append(node)
-    upward = np.stack(climbing, axis=1)  # [L, D + 1] leaf first
+    upward = np.stack(climbing, axis=1)  # [L, D + 1] from the leaf to the root
     depth = (upward >= 0).sum(axis=1) - 1
     column = depth[:, None] - np.arange(upward.shape[1])[None, :]
     path = np.take_along_axis(upward, np.maximum(column, 0), axis=1)

@@ -1,4 +1,4 @@
-"""Random numbers keyed by place: the same place draws the same numbers, whatever happened elsewhere before."""
+"""Random numbers keyed by place: the same place always gets the same numbers, whatever was drawn before."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Place = int | str
 
 
 def derive(*place: Place) -> int:
-    """A 63-bit seed that is a pure function of `place`, e.g. `derive(run_seed, problem_id, "branching", level)`."""
+    """A 63-bit seed, a pure function of `place`. Example: `derive(run_seed, problem_id, "branching", level)`."""
     digest = blake2b("\x1f".join(map(repr, place)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def generator(*place: Place) -> Random:
-    """A random generator of its own for `place`."""
+    """A new random generator with the seed of `place`."""
     return Random(derive(*place))

@@ -1,4 +1,4 @@
-"""The parent of every settings class: frozen and strict, so that a typo is an error and a setting never drifts."""
+"""The parent of every settings class. Settings are frozen, and an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """Frozen pydantic model that refuses unknown keys. A policy is such a model whose call is its behaviour."""
+    """A frozen pydantic model that refuses unknown keys. A policy is such a model with a `__call__`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,7 +1,7 @@
 """The tree of rollouts, and the scored tree: the unit on disk, in the viewer and in the update.
 
-A node stores only the tokens that it adds. Its prefix is the tokens of its path, so that a token shared by many
-leaves exists once. Each leaf is a rollout in the field's sense. `ScoredTree` is a finished tree with a reward per leaf.
+A node stores only the tokens that it adds. The tokens of its path are its prefix, so a token that many leaves share is
+stored once. Each leaf is one rollout. `ScoredTree` is a finished tree with a reward per leaf.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ class Stop(StrEnum):
     STOP_STRING = "stop_string"  # the response holds a text that ends it
     EOS = "eos"  # an end-of-sequence token
     LENGTH = "length"  # the response budget is spent
-    DEPTH = "depth"  # the path has as many segments as it may
-    REPETITION = "repetition"  # the text goes round in circles
+    DEPTH = "depth"  # the path has the largest allowed number of segments
+    REPETITION = "repetition"  # the text repeats itself
     ERROR = "error"  # the engine failed; never trained on
 
 
 @dataclass(slots=True)
 class Node:
-    """A segment in a tree. `start` and `depth` follow from the path and are kept because every stage asks for them.
+    """A segment in a tree. `start` and `depth` follow from the path; they are stored because every stage needs them.
 
-    `seed` names the segment: the two halves of a split node keep it, and no two segments of a tree share it.
+    `seed` identifies the segment: no two segments of a tree have the same seed. Both parts of a split node keep it.
     """
 
     parent: int  # index of the parent, -1 for the root
     tokens: list[int]  # the tokens that this node adds
     logprobs: list[float]  # of `tokens` under the distribution actually sampled, in nats; [] for the root
     seed: int
-    version: int  # of the weights that sampled it
+    version: int  # version of the weights that sampled it
     stop: Stop | None  # None: not a leaf (or, while the tree grows, not finished yet)
     start: int  # tokens on the path before this node, prompt included
     depth: int  # segments from the root
-    entropies: list[float] | None = None  # of the distributions that `tokens` are from, in nats; None: not known
-    sampled: bool = True  # False: the policy did not choose these tokens (a tool's output); they are never trained on
-    error: str | None = None  # of an `ERROR` leaf: why its request was given up
+    entropies: list[float] | None = None  # of the distributions that `tokens` were sampled from, in nats
+    sampled: bool = True  # False: the policy did not write these tokens (a tool's output), so they are not trained on
+    error: str | None = None  # for an `ERROR` leaf: why its request failed
 
 
 class Tree:
-    """A prompt (node 0) and all that was sampled from it.
+    """A prompt (node 0) and everything that was sampled from it.
 
-    Invariants: a child's prefix is exactly its path's tokens; a node has children or a `stop`, never both, and in a
-    finished tree never neither. Node indices never change, and a leaf keeps its index through every `split`, but a
-    parent's index may be larger than its child's.
+    Invariants: a child's prefix is exactly its path's tokens. No node has both children and a `stop`; in a finished
+    tree every node has one of them. Node indices never change, and a leaf keeps its index when a node is split.
+    A parent's index may be larger than its child's.
     """
 
     def __init__(self, prompt: Sequence[int], *, key: str = "", seed: int = 0) -> None:
@@ -81,7 +81,7 @@ class Tree:
             other.children,
         )
 
-    __hash__ = None  # type: ignore[assignment]  # it grows
+    __hash__ = None  # type: ignore[assignment]  # a tree is mutable
 
     @property
     def prompt(self) -> list[int]:
@@ -101,9 +101,10 @@ class Tree:
         sampled: bool = True,
         error: str | None = None,
     ) -> int:
-        """Append a child of `parent` and return its index. Only an `ERROR` leaf may add no token.
+        """Append a child of `parent` and return its index.
 
-        Tokens that the policy did not sample (`sampled=False`) have no log-probs: `logprobs` is empty.
+        `logprobs` is empty for tokens that the policy did not sample (`sampled=False`). Raises `ValueError` if the
+        lengths do not fit, if `parent` is a leaf, or if there is no token and `stop` is not `ERROR`.
         """
         above = self.nodes[parent]
         if above.stop is not None:
@@ -135,7 +136,10 @@ class Tree:
         self.nodes[node].stop = stop
 
     def split(self, node: int, at: int) -> int:
-        """Divide `node` after its first `at` tokens; returns the new node that holds them, from now on its parent."""
+        """Divide `node` after its first `at` tokens.
+
+        A new node takes these tokens and becomes the parent of `node`. Returns its index.
+        """
         tail = self.nodes[node]
         if node == ROOT or not 0 < at < len(tail.tokens):
             raise ValueError(f"cannot split node {node} of {len(tail.tokens)} tokens at {at}")
@@ -152,7 +156,7 @@ class Tree:
         return index
 
     def node_after(self, leaf: int, kept: int) -> int:
-        """The node on the path to `leaf` that ends after `kept` response tokens; splits a node where none does."""
+        """The node on the path to `leaf` that ends after `kept` response tokens. Splits a node if none ends there."""
         end = len(self.prompt) + kept
         if not 0 <= kept <= self.response_length(leaf):
             raise ValueError(f"cannot keep {kept} of {self.response_length(leaf)} response tokens")
@@ -178,7 +182,7 @@ class Tree:
         return list(chain.from_iterable(self.nodes[n].tokens for n in self.path(node)[1:]))
 
     def response_length(self, node: int) -> int:
-        """`len(self.response(node))` without walking."""
+        """`len(self.response(node))`, without a walk along the path."""
         return self.nodes[node].start + len(self.nodes[node].tokens) - len(self.prompt)
 
     def leaves(self) -> list[int]:
@@ -187,16 +191,16 @@ class Tree:
 
     @property
     def unique_tokens(self) -> int:
-        """Response tokens in the tree, a shared one once: what was generated, and what tools have added."""
+        """Response tokens in the tree, sampled or added by tools. A shared token counts once."""
         return sum(len(node.tokens) for node in self.nodes) - len(self.prompt)
 
     @property
     def flat_tokens(self) -> int:
-        """Response tokens over all leaves, a shared one once per leaf: what i.i.d. sampling would generate."""
+        """Response tokens of all leaves. A shared token counts once per leaf, as if leaves were sampled separately."""
         return sum(self.response_length(leaf) for leaf in self.leaves())
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value from which `from_json` restores an equal tree, bit for bit."""
+        """A JSON value. `from_json` makes an equal tree of it, bit for bit."""
         return {
             "schema": SCHEMA,
             "key": self.key,
@@ -220,9 +224,9 @@ class Tree:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Tree:
-        """Restore a tree; raises `ValueError` for another schema or a value that is no tree."""
+        """The tree in a JSON value. Raises `ValueError` for another schema or a value that is not a tree."""
         if value.get("schema") != SCHEMA:
-            raise ValueError(f"tree schema {value.get('schema')!r}, this version reads {SCHEMA}")
+            raise ValueError(f"the tree has schema {value.get('schema')!r}, but this version reads {SCHEMA}")
         tree = cls.__new__(cls)
         tree.key = value["key"]
         tree.nodes = [
@@ -246,16 +250,16 @@ class Tree:
         return tree
 
     def _restore_starts(self) -> None:
-        """Recompute every `start` from the root down and check that parents and children agree."""
+        """Compute every `start`, from the root down, and check that parents and children agree."""
         if len(self.children) != len(self.nodes) or not self.nodes or self.nodes[ROOT].parent != -1:
-            raise ValueError("node list and child lists do not describe one tree")
+            raise ValueError("`nodes` and `children` do not describe one tree")
         seen, todo = 0, [ROOT]
         while todo:
             index = todo.pop()
             node = self.nodes[index]
             seen += 1
             if seen > len(self.nodes) or (node.stop is not None) == bool(self.children[index]):
-                raise ValueError(f"node {index} needs either children or a stop, once")
+                raise ValueError(f"node {index} must be reached once and have either children or a stop")
             if len(node.logprobs) != (len(node.tokens) if node.sampled else 0) and index != ROOT:
                 raise ValueError(f"node {index} has {len(node.tokens)} tokens and {len(node.logprobs)} log-probs")
             if node.entropies is not None and len(node.tokens) != len(node.entropies):
@@ -275,7 +279,7 @@ class ScoredTree:
 
     problem_id: str
     tree: Tree
-    rewards: list[float | None]  # [L], in the order of `tree.leaves()`; None = not known: such a leaf is not trained on
+    rewards: list[float | None]  # [L] in the order of `tree.leaves()`; a leaf with None (not known) is not trained on
     reasons: dict[int, str] = field(default_factory=dict)  # leaf -> why its reward is not known
 
     def __post_init__(self) -> None:
@@ -284,29 +288,29 @@ class ScoredTree:
 
     @property
     def has_spread(self) -> bool:
-        """Whether its known rewards differ, so that comparing leaves says something."""
+        """Whether the known rewards differ. If not, the leaves give no learning signal."""
         return len(set(self.rewards) - {None}) > 1
 
 
-def write_trees(path: Path, rollouts: Iterable[ScoredTree]) -> None:
-    """One JSON object per line, gzip-compressed if `path` ends in `.gz`. The file appears whole or not at all."""
+def write_trees(path: Path, trees: Iterable[ScoredTree]) -> None:
+    """Write one JSON object per line, compressed if `path` ends in `.gz`. After an error, `path` is as before."""
     with whole_file(path) as part, _open(part, "w", compressed=path.suffix == ".gz") as file:
-        file.writelines(map(_line, rollouts))
+        file.writelines(map(_line, trees))
 
 
-def append_tree(path: Path, rollout: ScoredTree) -> None:
-    """Add a line to a file in the form of `write_trees`.
+def append_tree(path: Path, tree: ScoredTree) -> None:
+    """Append a line to a file in the format of `write_trees`.
 
-    It is in the file, whole, when this returns: a process that is killed keeps what it has written. A compressed file
-    gets a gzip member per rollout, which makes it about a fifth larger.
+    When this returns, the line is in the file, so a process that is killed later loses no tree. A compressed file gets
+    one gzip member per tree, which makes it about a fifth larger.
     """
-    line = _line(rollout).encode()
+    line = _line(tree).encode()
     with path.open("ab") as file:
         file.write(gzip.compress(line, mtime=0) if path.suffix == ".gz" else line)
 
 
 def read_trees(path: Path) -> Iterator[ScoredTree]:
-    """The rollouts of a file written by one of these two; raises `TaskError` naming file and line of a bad one."""
+    """The trees in a file of `write_trees` or `append_tree`. Raises `TaskError` with file and line for a bad line."""
     with _open(path, "r", compressed=path.suffix == ".gz") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -314,15 +318,15 @@ def read_trees(path: Path) -> Iterator[ScoredTree]:
                 reasons = {int(leaf): why for leaf, why in row["reasons"].items()}
                 yield ScoredTree(row["problem_id"], Tree.from_json(row["tree"]), row["rewards"], reasons)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise TaskError(f"{path}:{number}: not a rollout: {error}") from error
+                raise TaskError(f"{path}:{number}: not a scored tree: {error}") from error
 
 
-def _line(rollout: ScoredTree) -> str:
+def _line(scored: ScoredTree) -> str:
     value = {
-        "problem_id": rollout.problem_id,
-        "rewards": rollout.rewards,
-        "reasons": {str(leaf): why for leaf, why in rollout.reasons.items()},
-        "tree": rollout.tree.to_json(),
+        "problem_id": scored.problem_id,
+        "rewards": scored.rewards,
+        "reasons": {str(leaf): why for leaf, why in scored.reasons.items()},
+        "tree": scored.tree.to_json(),
     }
     return json.dumps(value, allow_nan=False, separators=(",", ":")) + "\n"
 
@@ -334,6 +338,6 @@ def _open(path: Path, mode: Literal["r", "w"], *, compressed: bool) -> Iterator[
             yield stack.enter_context(path.open(mode, encoding="utf-8"))
             return
         raw = stack.enter_context(path.open(mode + "b"))
-        # No time and no name in the header: equal rollouts make equal files.
+        # The header has no time and no name, so that equal trees make equal files.
         packed = stack.enter_context(gzip.GzipFile(filename="", mode=mode + "b", fileobj=raw, mtime=0))
         yield stack.enter_context(io.TextIOWrapper(packed, encoding="utf-8"))

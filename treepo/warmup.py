@@ -1,7 +1,7 @@
-"""Bring up a new model: supervised fine-tuning on a teacher's worked examples.
+"""Warm-up of a new model: supervised fine-tuning on a teacher's worked examples.
 
-Reinforcement learning needs a policy that is right now and then. A model with random weights never is, so the demo
-first imitates a faulty teacher; `WarmupSettings` are tuned so that it starts at about .3 and has room to improve.
+Reinforcement learning needs a policy that is sometimes right. A model with random weights never is, so the demo first
+imitates a teacher that makes mistakes. With the default `WarmupSettings` the mean reward is then about 0.3.
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # a target that the loss leaves out
+IGNORED = -100  # the loss skips this target
 
 
 class WarmupSettings(Settings):
     """Supervised fine-tuning of a new model on the task's teacher, before reinforcement learning."""
 
-    steps: int = Field(1_100, ge=0, description="Optimizer steps; 0 leaves the model as it is.")
+    steps: int = Field(1_100, ge=0, description="Optimizer steps; 0: no warm-up.")
     batch: int = Field(16, ge=1, description="Worked examples per step.")
-    lr: float = Field(5e-3, gt=0, description="Largest learning rate of AdamW, reached after `rise` of the steps.")
-    rise: float = Field(0.1, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
-    beta2: float = Field(0.98, gt=0, lt=1, description="AdamW's second moment; a short run wants it to forget soon.")
+    lr: float = Field(
+        5e-3,
+        gt=0,
+        description="Peak learning rate of AdamW. It rises during the share `rise` of the steps, then falls to 0.",
+    )
+    rise: float = Field(
+        0.1, ge=0, lt=1, description="Share of the steps during which the learning rate rises linearly."
+    )
+    beta2: float = Field(0.98, gt=0, lt=1, description="Decay of AdamW's second moment; lower it for a short warm-up.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of AdamW.")
-    grad_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    grad_clip: float = Field(1.0, gt=0, description="A gradient with a larger norm is scaled down to this norm.")
 
 
 def warm_up(
@@ -46,9 +52,10 @@ def warm_up(
 ) -> None:
     """Fine-tune `model` in place on lessons 0 .. steps * batch - 1 of the stream keyed by `seed`.
 
-    The loss is the mean next-token cross-entropy in nats over response and EOS tokens; prompts are context only. The
-    learning rate rises linearly, then falls to 0 along half a cosine. `progress(step, loss)` hears of every step,
-    counted from 1, with the loss before its update. The same seed gives the same weights bit for bit on one machine.
+    The loss is the mean next-token cross-entropy in nats over response and EOS tokens, not over prompt tokens. The
+    learning rate rises linearly, then falls to 0 along half a cosine. `progress(step, loss)` is called after every
+    step: `step` starts at 1, and `loss` is the loss before the update. On one machine, the same seed gives the same
+    weights bit for bit. Raises `ConfigError` for a tokenizer without EOS, or a lesson that exceeds the context.
     """
     import torch
 
@@ -74,11 +81,11 @@ def warm_up(
         schedule.step()
         if progress is not None:
             progress(step + 1, loss.item())
-    optimizer.zero_grad()  # whoever trains on must not find the last gradient
+    optimizer.zero_grad()  # training goes on with this model and must not add to the last gradient
 
 
 def _pace(step: int, settings: WarmupSettings) -> float:
-    """Share of the largest learning rate in `step`, counted from 0."""
+    """Learning rate of `step`, which starts at 0, as a share of the peak."""
     rising = round(settings.rise * settings.steps)
     if step < rising:
         return (step + 1) / rising
@@ -88,16 +95,16 @@ def _pace(step: int, settings: WarmupSettings) -> float:
 def _row(
     task: Task, teacher: Teacher, tokenizer: PreTrainedTokenizerBase, seed: int, index: int
 ) -> tuple[list[int], int]:
-    """Tokens of a lesson with its EOS, and how many of them are the prompt."""
+    """Token ids of a lesson with EOS, and the number of prompt tokens."""
     problem, response = teacher.lesson(seed, index)
     prompt = task.encode(tokenizer, problem)
     return [*prompt, *tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id], len(prompt)
 
 
 def _padded(rows: list[tuple[list[int], int]], fill: int) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T] and, for each, the token to predict next or IGNORED, [B, T].
+    """Token ids [B, T], and the next token of each or IGNORED [B, T].
 
-    Rows are filled up on the right: under causal attention no real token sees the filling.
+    Padding is on the right, where causal attention hides it from all real tokens.
     """
     import torch
 
@@ -110,7 +117,7 @@ def _padded(rows: list[tuple[list[int], int]], fill: int) -> tuple[Tensor, Tenso
 
 
 def _loss(model: PreTrainedModel, ids: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the wanted targets; logits are computed for those only."""
+    """Mean cross-entropy over the targets that are not IGNORED. Logits are computed only for these."""
     import torch
     import torch.nn.functional as F
 

@@ -129,8 +129,8 @@ def test_a_whole_run_uses_the_users_engine_and_tells_it_of_new_weights(tmp_path:
 def test_a_class_that_is_no_engine_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
     for engine, why in (
         (f"{{kind: '{HERE}:Mute'}}", r"Mute needs a method open\(self, tree, sampling, stop_ids, max_tokens, \*, entr"),
-        (f"{{kind: '{HERE}:Narrow'}}", r"Narrow: open must take what open\(self, tree"),
-        (f"{{kind: '{HERE}:Counting', slotz: 3}}", r"must take what \(model, slotz\) takes: .*slotz"),
+        (f"{{kind: '{HERE}:Narrow'}}", r"Narrow must allow the call open\(self, tree"),
+        (f"{{kind: '{HERE}:Counting', slotz: 3}}", r"must allow the call Counting\(model, slotz\): .*slotz"),
         ("{kind: 'no_such_module:Engine'}", "cannot import 'no_such_module'"),
     ):
         with pytest.raises(ConfigError, match=why):

@@ -225,7 +225,7 @@ def test_an_engine_without_entropies_is_an_error_that_says_what_else_to_do() -> 
             return await super().open(*tree, **more)
 
     settings = SamplerSettings(segment_tokens=4, branching=LevelBudget(allocation="entropy", first_divergence=2))
-    with pytest.raises(ConfigError, match=r"allocation: entropy wants .* the engine gives none: .*low_prob"):
+    with pytest.raises(ConfigError, match=r"allocation: entropy needs .* the engine gives none: .*low_prob"):
         Sampler(Mute(never_ends), settings, decode, ()).sample([("q", [2])], 0)
 
 

@@ -15,7 +15,7 @@ from tests.support.slow_stopping import SlowSampler, judged, repeats
 from tests.support.tokenizers import KINDS, PARTS, decoder, tokenizer
 from treepo.engines.scripted import ScriptedEngine
 from treepo.policies.branching import LevelBudget
-from treepo.policies.fallback import Block, GridBoundary, LowestLogProb, SegmentBoundary
+from treepo.policies.fallback import GridBoundary, LowestLogProb, SegmentBoundary, WeightedBlock
 from treepo.policies.repetition import RepetitionScan, hashes, lowest_around
 from treepo.policies.stopping import EarlyStop, StringScan
 from treepo.sampler import Sampler, SamplerSettings
@@ -266,7 +266,7 @@ shapes = st.fixed_dictionaries(
                 SegmentBoundary(candidates="any"),
                 GridBoundary(window=3, candidates="any"),
                 LowestLogProb(),
-                Block(window=2),
+                WeightedBlock(window=2),
             ]
         ),
     }

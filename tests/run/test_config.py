@@ -1,5 +1,6 @@
 """Configurations: strict, explained in one line, and round-tripping."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,81 @@ def test_choosing_another_kind_drops_what_only_other_kinds_know(tmp_path: Path) 
             load(path, [wrong, "engine.kind=vllm"])
 
 
+def test_choosing_a_custom_kind_drops_what_only_our_kinds_know(custom: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path)
+    engine = ["engine={slots: 4, memory_gib: 1.0}"]
+
+    def keys(section: str, *overrides: str) -> dict[str, object]:
+        return getattr(load(path, overrides), section).model_dump(exclude={"kind"})
+
+    assert keys("engine", *engine, f"engine.kind={custom}:Engine") == {}
+    assert keys("engine", *engine, f"engine.kind={custom}:Engine", "engine.speed=2") == {"speed": 2}
+    assert keys("engine", *engine, f"engine.kind={custom}:SlottedEngine") == {"slots": 4}, "it has that argument"
+    whole = changed(load(path, engine), [f"engine.kind={custom}:Engine"])
+    assert whole.engine.kind == f"{custom}:Engine", "a whole dump has every key"
+    given = ["advantage={kind: treepo, use_root: false, whiten: true}", f"advantage.kind={custom}:Weighted"]
+    assert keys("advantage", *given, "advantage.power=2") == {"whiten": True, "power": 2}
+    again = [f"engine={{kind: '{custom}:SlottedEngine', slots: 4, block_tokens: 2}}"]
+    assert keys("engine", *again, f"engine.kind={custom}:SlottedEngine") == {"slots": 4, "block_tokens": 2}
+    assert keys("task", f"task.kind={custom}:Sized", "model.create=null", "model.path=x", "warmup=null") == {}
+    for wrong in ("engine={slotss: 4}", "engine.slotss=4"):
+        with pytest.raises(ConfigError, match=r"engine: .* must allow the call Engine\(model, slotss\)"):
+            load(path, [wrong, f"engine.kind={custom}:Engine"])
+    with pytest.raises(ConfigError, match=r"engine: cannot import 'absent_module'"):
+        load(path, ["engine.kind=absent_module:Engine"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task=lock", r"task: expected keys and values, such as {{kind: program}}, not 'lock'"),
+        ("task={{}}", r"task: kind is missing: choose one of program, lock, dataset, my_module:MyClass"),
+        ("task={{kind: program, program: 4}}", r"task\.program: unknown key"),
+        ("task={{kind: dataset, path: x, dataset: 1}}", r"task\.dataset: unknown key"),
+        ("task={{kind: dataset, path: x, columns: [1]}}", r"task\.columns\.0: Input should be a valid string, not 1"),
+        ("task={{kind: '{0}:Sized', sise: 4}}", r"task: {0}:Sized\(...\) with .* raised TypeError: .*'sise'"),
+        ("engine=local", r"engine: expected keys and values, such as {{kind: local}}, not 'local'"),
+        ("engine={{kind: local, local: 0}}", r"engine\.local: unknown key"),
+        ("engine={{custom: 0}}", r"engine\.custom: unknown key"),
+        ("engine={{kind: server}}", r"engine\.urls: is required"),
+        ("engine={{kind: server, urls: [3]}}", r"engine\.urls\.0: Input should be a valid string, not 3"),
+        ("engine={{kind: vllm, slots: 3}}", r"engine\.slots: unknown key; it belongs to kind local"),
+        (
+            "engine={{kind: '{0}:Engine', sped: 3}}",
+            r"engine: {0}:Engine must allow the call Engine\(model, sped\): got",
+        ),
+        ("loss=clip", r"loss: expected keys and values, such as {{kind: clip}}, not 'clip'"),
+        ("loss={{kind: clip, clip: 3}}", r"loss\.clip: unknown key; did you mean 'clip_low'\?"),
+        ("loss.clip_low=2", r"loss\.clip_low: Input should be less than 1, not 2"),
+        ("loss={{kind: gspo, kl: 1}}", r"loss\.kl: unknown key; it belongs to kind clip"),
+        ("advantage={{kind: segment, segment: 3}}", r"advantage\.segment: unknown key"),
+        ("advantage={{kind: segment, eta: 3}}", r"advantage\.eta: Input should be less than or equal to 1, not 3"),
+        ("advantage={{kind: '{0}:Weighted'}}", r"advantage\.power: is required"),
+        ("advantage={{kind: '{0}:Weighted', power: 0}}", r"advantage\.power: Input should be greater .*, not 0"),
+        ("advantage={{kind: '{0}:Weighted', power: 1, custom: x}}", r"advantage\.custom: Input should .*, not 'x'"),
+        ("advantage={{kind: '{0}:Weighted', power: 1, bounds: {{a: x}}}}", r"advantage\.bounds\.a: Input .*, not 'x'"),
+        (
+            "advantage={{kind: '{0}:Weighted', power: 1, whitten: 1}}",
+            r"advantage\.whitten: unknown key of {0}:Weighted; did you mean 'whiten'\?",
+        ),
+        ("sampler.branching=budget", r"sampler\.branching: expected keys and values, such as {{kind: budget}}, not"),
+        ("sampler.branching.budget=3", r"sampler\.branching\.budget: unknown key"),
+        ("sampler.branching.custom=3", r"sampler\.branching\.custom: unknown key"),
+        ("sampler.branching.divergence=x", r"sampler\.branching\.divergence: Input should be a valid integer"),
+        ("sampler.branching={{kind: '{0}:Late', level: 0}}", r"sampler\.branching\.level: Input should .*, not 0"),
+        ("sampler.fallback.window=4", r"sampler\.fallback\.window: unknown key; it belongs to kind grid and block"),
+    ],
+)
+def test_a_wrong_value_in_a_section_with_kinds_is_named_as_the_user_wrote_it(
+    override: str, message: str, custom: str, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override.format(custom)])
+    assert re.match(message.format(custom), str(caught.value).removeprefix(f"{path}: ")), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_setting_cannot_be_changed_afterwards(tmp_path: Path) -> None:
     config = load(write_config(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
@@ -136,9 +212,9 @@ def test_a_warm_up_is_for_created_models_only(tmp_path: Path) -> None:
         load(write_config(tmp_path), ["model.create=null", "model.path=somewhere"])
 
 
-# Policies of the user's own -------------------------------------------------------------------------------------------
+# Custom classes -------------------------------------------------------------------------------------------------------
 
-OWN = """
+CUSTOM = """
 from pydantic import Field
 from treepo.settings import Settings
 
@@ -171,22 +247,52 @@ class Broken:
     def __init__(self):
         raise KeyError("x")
 
+class Weighted(Settings):
+    power: float = Field(ge=1)
+    custom: int = 0
+    whiten: bool = False
+    bounds: dict[str, int] = {}
+    def __call__(self, forest):
+        return forest.path * 0.0
+
+class Sized:
+    def __init__(self, size=3):
+        self.size = size
+    def problems(self, split):
+        return []
+    def encode(self, tokenizer, problem):
+        return []
+    def reward(self, problem, response):
+        return 0.0
+
+class Engine:
+    def __init__(self, model, speed=1):
+        pass
+    async def start(self): ...
+    async def open(self, tree, sampling, stop_ids, max_tokens, *, entropies): ...
+    async def load_weights(self, version): ...
+    async def close(self): ...
+
+class SlottedEngine(Engine):
+    def __init__(self, model, *, slots=1, **more):
+        pass
+
 number = 3
 """
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def custom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module with policies in the current directory."""
-    name = f"own_policies_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(OWN)
+    name = f"custom_policies_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(CUSTOM)
     monkeypatch.chdir(tmp_path)
     return name
 
 
 @pytest.mark.parametrize("given", ["kind: {0}:Late, level: 2", "kind: {0}:Plain, strength: [1, 2]", "kind: {0}:Plain"])
-def test_a_policy_of_ones_own_is_found_beside_the_run_and_round_trips(own: str, given: str, tmp_path: Path) -> None:
-    config = load(write_config(tmp_path), [f"sampler.branching={{{given.format(own)}}}"])
+def test_a_custom_policy_is_found_beside_the_run_and_round_trips(custom: str, given: str, tmp_path: Path) -> None:
+    config = load(write_config(tmp_path), [f"sampler.branching={{{given.format(custom)}}}"])
     again = tmp_path / "again.yaml"
     again.write_text(dump(config))
     assert load(again) == config != load(write_config(tmp_path))
@@ -200,33 +306,33 @@ def test_a_policy_of_ones_own_is_found_beside_the_run_and_round_trips(own: str, 
         ("kind: absent_module:Late", r"cannot import 'absent_module': ModuleNotFoundError: No module named"),
         ("kind: {0}:late", r"'late' in '{0}' does not exist; did you mean 'Late'\?"),
         ("kind: {0}:number", r"'number' in '{0}' is not callable"),
-        ("kind: {0}:Late", r"level: Field required"),
-        ("kind: {0}:Late, level: 0", r"level: Input should be greater than or equal to 1"),
-        ("kind: {0}:Late, level: 1, levle: 2", r"{0}:Late knows no 'levle'; did you mean 'level'\?"),
+        ("kind: {0}:Late", r"\.level: is required$"),
+        ("kind: {0}:Late, level: 0", r"\.level: Input should be greater than or equal to 1, not 0$"),
+        ("kind: {0}:Late, level: 1, levle: 2", r"\.levle: unknown key of {0}:Late; did you mean 'level'\?"),
         (
             "kind: {0}:Plain, strenght: 2",
             r"{0}:Plain\(...\) with .* raised TypeError: .*unexpected.*'strenght'",
         ),
         ("kind: {0}:Broken", r"{0}:Broken\(...\) with no settings raised KeyError: 'x'"),
         ("kind: {0}:Half", r"{0}:Half makes a Half, which needs a method again\(self, frontier\)"),
-        ("kind: {0}:Other", r"{0}:Other: __call__ must take what __call__\(self, frontier\) takes: missing .*'active'"),
+        ("kind: {0}:Other", r"{0}:Other must allow the call __call__\(self, frontier\): missing .*'active'"),
         ("kind: 'not a module:Late'", r"\.kind: String should match pattern"),
     ],
 )
-def test_a_policy_of_ones_own_that_cannot_be_used_is_explained_in_one_line(
-    own: str, given: str, message: str, tmp_path: Path
+def test_a_custom_policy_that_cannot_be_used_is_explained_in_one_line(
+    custom: str, given: str, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"sampler\.branching.*" + message.format(own)) as caught:
-        load(write_config(tmp_path), [f"sampler.branching={{{given.format(own)}}}"])
+    with pytest.raises(ConfigError, match=r"sampler\.branching.*" + message.format(custom)) as caught:
+        load(write_config(tmp_path), [f"sampler.branching={{{given.format(custom)}}}"])
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("section", "shape"), [("stopping", r"text, \*, eos, length, depth"), ("fallback", "wanted")])
-def test_each_decision_of_ones_own_is_asked_for_its_own_shape(
-    own: str, section: str, shape: str, tmp_path: Path
+def test_each_custom_decision_must_allow_the_call_of_its_protocol(
+    custom: str, section: str, shape: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"sampler\.{section}: {own}:Plain: __call__ must take .*{shape}"):
-        load(write_config(tmp_path), [f"sampler.{section}={{kind: {own}:Plain}}"])
+    with pytest.raises(ConfigError, match=rf"sampler\.{section}: {custom}:Plain must allow the call __call__.*{shape}"):
+        load(write_config(tmp_path), [f"sampler.{section}={{kind: {custom}:Plain}}"])
 
 
 def test_policies_round_trip_with_every_setting(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_run_of_objects_is_resumed_with_its_own_settings_only(folder: str, tmp
             trainer.run()
         with pytest.raises(ConfigError, match=r"holds a run already"):
             Trainer(actor, sampler=SHAPE, settings=STEPS, folder=tmp_path / "run")
-        with pytest.raises(ConfigError, match=r"^advantage\.\w+: the run in .* has .*, not .*: resume with"):
+        with pytest.raises(ConfigError, match=r"^advantage\.\w+: the run in .* has .*, not .*: resume it with"):
             Trainer(actor, advantage=GRPO(), sampler=SHAPE, settings=STEPS, folder=tmp_path / "run", resume=True)
 
 

@@ -161,7 +161,7 @@ def test_a_finished_run_resumes_with_more_steps(tmp_path, start):
 
 def test_resuming_with_another_setting_names_it(tmp_path, start):
     trained(tmp_path, *start, "trainer.steps=1")
-    with pytest.raises(ConfigError, match=r"^sampler\.width: the run in .* has 8, not 4: resume with its own settings"):
+    with pytest.raises(ConfigError, match=r"^sampler\.width: the run in .* has 8, not 4: resume it with its settings"):
         begin(small_config(tmp_path, *start, "sampler.width=4"), resume=True)
     with pytest.raises(ConfigError, match=r"^trainer\.lr: .* has 0\.003, not 0\.001"):
         begin(small_config(tmp_path, *start, "trainer.lr=1e-3"), resume=True)

@@ -113,7 +113,7 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was_and_ends_the_same(tmp_
     run = parts / "cells" / "main" / "first-2-to-8" / "seed-0" / "run"
     gate.touch()
     returned, said = interrupted(command, lambda: steps(run / "metrics.jsonl") == 2)
-    assert returned == 130 and "the same command goes on" in said
+    assert returned == 130 and "the same command continues" in said
     assert steps(run / "metrics.jsonl") == 3, "the step that had begun is finished"
     assert not (parts / "results.json").exists() and list(run.glob("checkpoints/step-*"))
 

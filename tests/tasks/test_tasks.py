@@ -275,7 +275,7 @@ def test_a_data_set_gives_other_columns_marks_numbers_and_a_limit(tmp_path):
         ([{"question": "a", "answer": ["1"]}], "d.jsonl:1: 'answer' holds a list; expected a text or a number"),
         ([], "d.jsonl: no rows"),
         (["\n"], "d.jsonl: no rows"),
-        ([ROWS[0]], "d.jsonl: too few different prompts to hold out test_fraction of them"),
+        ([ROWS[0]], "d.jsonl: too few different prompts to hold some out for evaluation"),
     ],
 )
 def test_bad_rows_are_reported_with_file_and_line(tmp_path, lines, message):
@@ -302,7 +302,7 @@ def test_other_bad_files_are_reported(tmp_path):
         "f.json: row 2: 'answer' is empty",
         path=write(tmp_path / "f.json", json.dumps([ROWS[0], {"question": "a", "answer": ""}])),
     )
-    refuse("p.parquet: not a Parquet file that can be read", path=write(tmp_path / "p.parquet", "no"))
+    refuse("p.parquet: cannot be read as Parquet", path=write(tmp_path / "p.parquet", "no"))
     parquet.write_table(pa.Table.from_pylist([{"question": "a", "solution": "1"}]), tmp_path / "q.parquet")
     refuse("q.parquet: no column 'answer'; found: question, solution", path=str(tmp_path / "q.parquet"))
     parquet.write_table(pa.Table.from_pylist([ROWS[0], {"question": "a", "answer": None}]), tmp_path / "s.parquet")
@@ -377,7 +377,7 @@ def test_the_chat_template_is_applied_where_there_is_one(chatty):
     assert prompt(chat="never") == asked
     assert prompt(chat="never", system="Be brief.") == f"Be brief.\n\n{asked}"
     chatty.chat_template = "{{ raise_exception('no system role') }}"
-    with pytest.raises(ConfigError, match="chat template refuses the prompt: no system role"):
+    with pytest.raises(ConfigError, match="chat template does not accept the prompt: no system role"):
         prompt()
     chatty.chat_template = None
     assert prompt() == asked
@@ -419,9 +419,9 @@ def test_columns_that_cannot_be_handed_on_are_refused(tmp_path):
         DatasetTask(path=path, columns=["level"], reward="graded:reward").problems("train")
     table = pa.Table.from_pylist([{"question": "a", "answer": "1", "level": b"x"}])
     parquet.write_table(table, tmp_path / "d.parquet")
-    with pytest.raises(TaskError, match=r"d\.parquet: row 1: 'level' cannot be handed to a reward function: .*bytes"):
+    with pytest.raises(TaskError, match=r"d\.parquet: row 1: 'level' cannot be sent to a reward function: .*bytes"):
         DatasetTask(path=str(tmp_path / "d.parquet"), columns=["level"], reward="graded:reward").problems("train")
-    with pytest.raises(ValidationError, match="'answer' is an argument of every reward function already"):
+    with pytest.raises(ValidationError, match="'answer' is already an argument of every reward function"):
         DatasetTask(path=path, columns=["answer"], reward="graded:reward")
-    with pytest.raises(ValidationError, match="columns are for a reward function of yours"):
+    with pytest.raises(ValidationError, match="columns are arguments of your reward function"):
         DatasetTask(path=path, columns=["level"])

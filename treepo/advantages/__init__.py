@@ -1,7 +1,7 @@
-"""Advantages: pure functions of (tree shapes, rewards), for all trees of a batch at once.
+"""Advantages: pure functions of tree shapes and rewards, for all trees of a batch at once.
 
-An estimator is a frozen model whose call maps a `Forest` to an array [L, D + 1]: the advantage that the tokens of each
-node on a leaf's path get from that leaf. A family of estimators has a file of its own.
+An estimator is a frozen model whose call maps a `Forest` to an array [L, D + 1]. Entry (l, d) is the advantage that
+leaf l gives to the tokens of the node at position d of its path. Each family of estimators has its file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 class CustomEstimator(Custom):
-    """A class of yours: with `__call__(forest)`, which returns the advantages as `Advantage` has them."""
+    """Your class. It needs `__call__(forest)` as in `Advantage`."""
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Advantage.__call__}
 
@@ -49,7 +49,7 @@ class CustomEstimator(Custom):
         if not isinstance(values, np.ndarray) or values.shape != forest.path.shape:
             found = f"of shape {values.shape}" if isinstance(values, np.ndarray) else repr(values)[:80]
             raise self._refuse(
-                f"returned {found}: it must return an array of shape {forest.path.shape}, that of forest.path"
+                f"returned {found}: it must return an array of shape {forest.path.shape} (the shape of forest.path)"
             )
         if not np.isfinite(values[:, 1:]).all():
             raise self._refuse("returned values that are not finite")

@@ -1,7 +1,7 @@
-"""Estimators that compare a leaf with all leaves of its query, whatever the tree: the baselines.
+"""Baselines: estimators that compare a leaf with all leaves of its tree.
 
-Every token of a leaf gets the leaf's value. A query with a single leaf has nothing to compare with and gets 0.
-`TreeGRPO` looks at the tree once, to compare also with the leaves that share the first segment.
+All tokens of a leaf get the same advantage. In a tree with a single leaf it is 0. Except for `TreeGRPO`, the forks of
+the tree have no effect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from treepo.forest import Floats, Forest, Ints
 
 
 class GRPO(Estimator):
-    """(reward - mean) / (std + 1e-6) over the query's leaves, with the unbiased std. Source: arXiv 2402.03300."""
+    """(reward - mean) / (std + 1e-6) over the leaves of the tree, with the unbiased std. Source: arXiv 2402.03300."""
 
     kind: Literal["grpo"] = "grpo"
 
@@ -25,7 +25,7 @@ class GRPO(Estimator):
 
 
 class DrGRPO(Estimator):
-    """reward - mean over the query's leaves: GRPO without its bias towards easy and hard queries. arXiv 2503.20783."""
+    """reward - mean over the leaves of the tree: GRPO without its bias to easy and hard problems. arXiv 2503.20783."""
 
     kind: Literal["dr_grpo"] = "dr_grpo"
 
@@ -34,7 +34,7 @@ class DrGRPO(Estimator):
 
 
 class RLOO(Estimator):
-    """reward - mean of the query's *other* leaves, which keeps the gradient unbiased. Source: arXiv 2402.14740."""
+    """reward - mean of the *other* leaves of the tree, so the gradient is unbiased. Source: arXiv 2402.14740."""
 
     kind: Literal["rloo"] = "rloo"
 
@@ -44,20 +44,21 @@ class RLOO(Estimator):
 
 
 class ReinforcePP(Estimator):
-    """reward - mean over the query's leaves, whitened over the batch: REINFORCE++ with baseline. arXiv 2501.03262."""
+    """reward - mean over a tree's leaves, whitened over the batch: REINFORCE++ with baseline. arXiv 2501.03262."""
 
     kind: Literal["reinforce_pp"] = "reinforce_pp"
-    whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
+    whiten: bool = Field(True, description="Normalise to mean 0 and variance 1 over all response tokens of the batch.")
 
     def values(self, forest: Forest) -> Floats:
         return _on_path(forest, forest.rewards - _groups(forest.rewards, forest.tree)[1])
 
 
 class TreeGRPO(Estimator):
-    """GRPO's z-score over the query's leaves + the same over the leaves of one of its trees. Source: arXiv 2509.21240.
+    """GRPO's z-score over all leaves of the tree + the z-score over the leaves that share the first segment.
 
-    There a query has several trees. Here these are what hangs on each child of the root, so a tree with one leaf gets
-    only the first term, and a star is GRPO. The std is that of `grpo`.
+    Source: arXiv 2509.21240. In the paper a prompt has several trees, and the second term is over one of them. Here
+    each child of the root is the start of such a tree. A leaf that is alone below its child gets only the first term,
+    so a tree that forks only at the root gives GRPO. The std is the unbiased one of `grpo`.
     """
 
     kind: Literal["tree_grpo"] = "tree_grpo"
@@ -68,14 +69,14 @@ class TreeGRPO(Estimator):
 
 
 def _groups(reward: Floats, group: Ints) -> tuple[Floats, Floats]:
-    """Number of leaves and mean reward of each leaf's group, both [L]."""
+    """The number of leaves and the mean reward in each leaf's group, both [L]. `group` [L] has the group's number."""
     count = np.bincount(group).astype(float)
     mean = np.bincount(group, reward) / np.maximum(count, 1)
     return count[group], mean[group]
 
 
 def _z_score(reward: Floats, group: Ints) -> Floats:
-    """[L] (reward - mean) / (std + 1e-6) in each leaf's group, with the unbiased std; 0 for a leaf on its own."""
+    """[L] (reward - mean) / (std + 1e-6) in each leaf's group, with the unbiased std; 0 in a group of one leaf."""
     count, mean = _groups(reward, group)
     deviation = reward - mean
     std: Floats = np.sqrt(np.bincount(group, deviation**2)[group] / np.maximum(count - 1, 1))

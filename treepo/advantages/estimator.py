@@ -1,4 +1,4 @@
-"""What every estimator of advantages has in common, and the whitening that any of them may end with."""
+"""The parent of all estimators of advantages, and whitening."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from treepo.settings import Settings
 
 
 class Advantage(Protocol):
-    """What the learner needs: a pure function of trees and rewards."""
+    """What the learner needs of an estimator: a pure function of trees and rewards."""
 
     def __call__(self, forest: Forest) -> Floats:
         """[L, D + 1] the advantage that each leaf gives to the tokens of each node on its path (`Forest.path`).
 
-        Column 0 belongs to the prompt and is not used. Entries beyond a path's end are not used either.
+        Column 0 (the prompt) and entries after the end of a path are not used.
         """
         ...
 
 
 class Estimator(Settings, ABC):
-    """An estimator of ours: frozen settings whose call gives the advantages, whitened if `whiten` says so.
+    """The parent of treepo's estimators. A call gives the advantages, whitened if `whiten` is set.
 
-    A subclass writes `values`. Entries beyond a path's end must be zero there.
+    A subclass defines `values`. Its entries after the end of a path must be 0.
     """
 
-    whiten: bool = Field(False, description="Whiten over all response tokens of the batch.")
+    whiten: bool = Field(False, description="Normalise to mean 0 and variance 1 over all response tokens of the batch.")
 
     def __call__(self, forest: Forest) -> Floats:
         """[L, D + 1] advantages of `forest`."""
@@ -42,12 +42,13 @@ class Estimator(Settings, ABC):
 
 
 def whitened(forest: Forest, values: Floats) -> Floats:
-    """(values - mean) / sqrt(var + 1e-8), where every token of every leaf counts once; values [L, D + 1].
+    """[L, D + 1] (values - mean) / sqrt(var + 1e-8). Mean and variance are over all tokens of all leaves.
 
-    The variance is the unbiased one, as in the code released with arXiv 2508.17445.
+    A token that k leaves share counts k times. The variance is the unbiased one, as in the code released with arXiv
+    2508.17445. `values` is [L, D + 1].
     """
     on_path = forest.path >= 0
-    tokens = np.where(on_path, forest.length[forest.path], 0)  # [L, D + 1]; roots add no response token
+    tokens = np.where(on_path, forest.length[forest.path], 0)  # [L, D + 1]; roots have no response token
     total = tokens.sum()
     if total < 2:
         return np.zeros_like(values)

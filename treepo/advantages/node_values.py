@@ -1,4 +1,4 @@
-"""Values of nodes, [N] from numbers per leaf [L], and what a segment gains over the one that it continues."""
+"""Values of nodes [N], computed from one number per leaf [L], and differences of values along a path."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from treepo.forest import Floats, Forest, Ints
 
 
 def mean_over_leaves(forest: Forest, value: Floats) -> Floats:
-    """Mean of `value` over the leaves below each node, every leaf alike; 0 where there is none."""
+    """[N] the mean of `value` [L] over the leaves at or below each node, with equal weights; 0 without such a leaf."""
     total = forest.over_leaves(np.broadcast_to(value[:, None], forest.path.shape))
     return total / np.maximum(forest.leaf_count, 1.0)
 
 
 def mean_over_children(forest: Forest, value: Floats) -> Floats:
-    """`value` at the leaves, above them the mean over a node's children, every child alike; 0 without a leaf below.
+    """[N] `value` [L] at the leaves; at other nodes the mean over the children, with equal weights; 0 without a leaf.
 
-    It differs from `mean_over_leaves` where children have different numbers of leaves.
+    It differs from `mean_over_leaves` if the children have different numbers of leaves.
     """
     path = forest.path
-    # A leaf's share in a node is the product of 1 / children over the nodes from there down to the leaf.
+    # A leaf's weight in a node is the product of 1 / children over the path from the node to the leaf.
     share = np.where(path >= 0, 1.0 / np.maximum(children(forest), 1)[path], 1.0)
     share = np.cumprod(share[:, ::-1], axis=1)[:, ::-1]
     return forest.over_leaves(value[:, None] * share)
 
 
 def children(forest: Forest) -> Floats:
-    """[N] children of each node that have a leaf with a known reward at or below them."""
+    """[N] the number of children of each node that have a leaf with a known reward at or below them."""
     has_leaves = (forest.leaf_count > 0) & (forest.parent >= 0)
     return np.bincount(forest.parent[has_leaves], minlength=len(forest.length)).astype(np.float64)
 
 
 def at_parent(forest: Forest, value: Floats) -> Floats:
-    """[N] `value` [N] of each node's parent; a root is its own."""
+    """[N] `value` [N] of each node's parent; for a root, its value."""
     return value[np.where(forest.parent >= 0, forest.parent, np.arange(len(value)))]
 
 
 def spread_of_children(forest: Forest, value: Floats) -> Floats:
-    """[N] standard deviation (biased) of `value` [N] over each node's children; 0 without any."""
+    """[N] the (biased) standard deviation of `value` [N] over each node's children; 0 without children."""
     count = np.maximum(children(forest), 1)
     child = np.flatnonzero((forest.leaf_count > 0) & (forest.parent >= 0))
     parent = forest.parent[child]
@@ -48,18 +48,19 @@ def spread_of_children(forest: Forest, value: Floats) -> Floats:
 
 
 def first_column(forest: Forest) -> Ints:
-    """[L, D + 1] column of `Forest.path` at which the segment of each node begins.
+    """[L, D + 1] the column of `Forest.path` at which the segment of each node begins.
 
-    That is the node's own, unless the segment was cut and nothing with a reward hangs between its parts.
+    This is the node's column. Only for the lower part of a split segment it is the column of the upper part, if both
+    parts lead to the same scored leaves (`Forest.same_segment`).
     """
     column = np.arange(forest.path.shape[1])
     return np.maximum.accumulate(np.where(forest.same_segment[forest.path], 0, column), axis=1)
 
 
 def over_parent(forest: Forest, value: Floats) -> tuple[Floats, Floats]:
-    """`value` [N] of the segment of each node on a path and of the segment before it, both [L, D + 1].
+    """`value` [N] of the segment of each node on a path, and of the segment before it, both [L, D + 1].
 
-    The parts of a cut segment have one value, that of the first, and one parent. Column 0 is its own parent.
+    Both parts of a split segment have the value and the parent of the upper part. Column 0 is its own parent.
     """
     first = first_column(forest)
     own = np.take_along_axis(value[forest.path], first, axis=1)

@@ -1,4 +1,4 @@
-"""The TreePO estimator: a leaf is compared with the leaves of every sub-tree that it belongs to."""
+"""The TreePO estimator: it compares a leaf with the leaves of every sub-tree that contains it."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from treepo.forest import Floats, Forest
 class TreePO(Estimator):
     """Mean over a leaf's ancestors of (its reward - mean reward of the leaves below the ancestor).
 
-    Source: arXiv 2508.17445, eq. 5 (average), 6 (`size_weighted`), 7 (`reject_flat_groups`). Ancestors other than the
-    root count only with more than one leaf below. Ours: `levels="fork"`, and 0 for a leaf that is left without any
-    group (the released code gives a lone leaf its raw reward). A segment that was cut counts its group once as long as
-    both parts have the same leaves.
+    Source: arXiv 2508.17445, eq. 5 (average), 6 (`size_weighted`), 7 (`reject_flat_groups`). Ancestors with a single
+    leaf below do not count, except the root. A split segment counts once if both parts have the same leaves.
+    Not in the paper: `levels="fork"`, and 0 for a leaf without any group (the released code gives a lone leaf its raw
+    reward).
     """
 
     kind: Literal["treepo"] = "treepo"
-    size_weighted: bool = Field(False, description="Weigh each sub-tree by its number of leaves (eq. 6).")
-    reject_flat_groups: bool = Field(False, description="Leave out sub-trees whose rewards are all equal (eq. 7).")
-    use_root: bool = Field(True, description="Compare with all leaves of the query too.")
+    size_weighted: bool = Field(False, description="Weight each sub-tree by its number of leaves (eq. 6).")
+    reject_flat_groups: bool = Field(False, description="Ignore sub-trees whose rewards are all equal (eq. 7).")
+    use_root: bool = Field(True, description="Also compare with all leaves of the tree.")
     levels: Literal["segment", "fork"] = Field(
-        "segment", description="segment: an unforked chain counts its group once per segment; fork: once."
+        "segment",
+        description="How often a sub-tree counts if a chain of segments without forks leads to it. segment: once per "
+        "segment; fork: once.",
     )
-    whiten: bool = Field(True, description="Whiten over all response tokens of the batch.")
+    whiten: bool = Field(True, description="Normalise to mean 0 and variance 1 over all response tokens of the batch.")
 
     def values(self, forest: Forest) -> Floats:
         path, reward = forest.path, forest.rewards
@@ -39,7 +41,7 @@ class TreePO(Estimator):
         mean = mean_over_leaves(forest, reward)  # [N]
 
         counted = ancestor & (size > 1) & ~forest.same_segment[path]
-        if self.levels == "fork":  # nested groups of one size are the same group
+        if self.levels == "fork":  # nested groups of the same size have the same leaves
             counted[:, 1:] &= size[:, 1:] != size[:, :-1]
         if self.reject_flat_groups:
             counted &= _spread(forest)[path] > 0
@@ -51,7 +53,7 @@ class TreePO(Estimator):
 
 
 def _spread(forest: Forest) -> Floats:
-    """[N] largest minus smallest reward below each node."""
+    """[N] the largest minus the smallest reward at or below each node."""
     on_path = forest.path >= 0
     node = forest.path[on_path]
     reward = np.broadcast_to(forest.rewards[:, None], forest.path.shape)[on_path]

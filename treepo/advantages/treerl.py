@@ -1,4 +1,4 @@
-"""TreeRL and AttnRL: a segment is credited with its gain over the prompt (global) and over its parent (local)."""
+"""TreeRL and AttnRL: the advantage of a segment is its gain over the prompt (global) + that over its parent (local)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from treepo.forest import Floats, Forest
 
 
 class TreeRL(Estimator):
-    """(V - V of the parent) + V, where V is the mean over the leaves below of reward - mean of the query's others.
+    """(V - V of the parent) + V, with V = mean over the leaves below of (reward - mean of the tree's other leaves).
 
-    Source: arXiv 2506.11902, which also divides by the root of the number of leaves through a segment: set
-    `loss.shared_tokens=sqrt`. Its code can besides subtract a mean over all segments of the tree, weighted by leaves or
-    by tokens, which the formula does not have; not here. It trains on a part of the leaves only (all count in V).
+    Source: arXiv 2506.11902. The paper also divides by the square root of the number of leaves through a segment: set
+    `loss.shared_tokens=sqrt`. Two things of its code are not here: an option that subtracts a mean over all segments of
+    the tree, weighted by leaves or tokens, and training on only a part of the leaves (all of them count in V).
     """
 
     kind: Literal["treerl"] = "treerl"
 
     def values(self, forest: Forest) -> Floats:
         others = np.maximum(forest.leaf_count[forest.path[:, :1]] - 1, 1)  # [L, 1]
-        # R - mean of the others = (R - mean) (others + 1) / others, and both are linear in R.
+        # reward - mean of the others = (reward - mean) (others + 1) / others. V is linear in it.
         advantage: Floats = _global_and_local(forest) * (others + 1) / others
         return advantage
 
@@ -31,8 +31,8 @@ class TreeRL(Estimator):
 class AttnRL(Estimator):
     """(V - V of the root) + (V - V of the parent), where V is the mean reward of the leaves below.
 
-    Source: arXiv 2509.26628, which also divides by the root of the number of leaves through a segment: set
-    `loss.shared_tokens=sqrt`. With n leaves in a query, it is (n - 1) / n of TreeRL's.
+    Source: arXiv 2509.26628. The paper also divides by the square root of the number of leaves through a segment: set
+    `loss.shared_tokens=sqrt`. For a tree of n leaves, it is (n - 1) / n times TreeRL's advantage.
     """
 
     kind: Literal["attnrl"] = "attnrl"

@@ -1,6 +1,7 @@
-"""The three decisions that shape a tree. Each is a frozen model whose fields are its settings and whose call decides.
+"""The three policies that shape a tree: branching, stopping and fallback.
 
-Randomness comes only from the generator that the sampler hands in, which is keyed by the place in the tree.
+A policy is a frozen model: its fields are its settings, and its call makes the decision. All random numbers come from
+the generator in the `Frontier`, which is keyed by the place in the tree.
 """
 
 from __future__ import annotations
@@ -14,26 +15,26 @@ from treepo.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class Frontier:
-    """A tree between two levels: what is known when children are to be given out."""
+    """A tree between two levels. Branching and fallback policies decide from this."""
 
     tree: Tree
-    active: Sequence[int]  # unfinished nodes, all of the last level; before the first level, the root alone
-    finished: Sequence[int]  # leaves, in the order in which they ended
-    finished_now: int  # how many of them ended on the last level
+    active: Sequence[int]  # unfinished nodes, all on the last level; before the first level, only the root
+    finished: Sequence[int]  # leaves, in the order in which they finished
+    finished_now: int  # number of leaves that finished on the last level
     width: int  # leaves that the tree should have
     levels: int  # most segments on a path
-    progress: float  # part of the training that is done, 0 to 1
+    progress: float  # finished share of the training, 0 to 1
     rng: Random
 
     @property
     def remaining(self) -> int:
-        """Leaves still owed, those that the active paths will become included."""
+        """Leaves that the tree still needs. The active paths count towards these, since each becomes at least one."""
         return self.width - len(self.finished)
 
     def longest(self, leaf: int) -> int:
-        """Most response tokens that can be kept of the path to `leaf` so that another segment may follow.
+        """Most response tokens that a fallback may keep of the path to `leaf`.
 
-        At least one is cut, and what is kept has fewer than `levels` segments.
+        At least one token is cut, and the kept path has fewer than `levels` segments, so another segment can follow.
         """
         tree, node = self.tree, leaf
         while tree.nodes[node].depth >= self.levels:

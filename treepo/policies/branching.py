@@ -1,4 +1,4 @@
-"""Where and how often a tree forks."""
+"""Branching policies: how many children each path of a tree gets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Range = tuple[int, int]
 
 
 class Branching(Protocol):
-    """Gives out a level's budget of children."""
+    """Decides how many children each active node gets."""
 
     @property
     def needs_entropies(self) -> bool:
@@ -27,55 +27,58 @@ class Branching(Protocol):
         ...
 
     def __call__(self, frontier: Frontier) -> list[int]:
-        """Children (at least one) of each active node, at most `max(frontier.remaining, active nodes)` in all."""
+        """Children of each active node: at least 1 each, at most `max(frontier.remaining, active nodes)` together."""
         ...
 
     def again(self, frontier: Frontier) -> int:
-        """Children of a node that a dry tree falls back to, 1 to `frontier.remaining`."""
+        """Children of a node that a fallback has chosen, 1 to `frontier.remaining`."""
         ...
 
 
 class LevelBudget(Settings):
-    """A level's budget is `divergence` children per path, split over the active paths by `allocation`.
+    """Each level has a budget of `divergence` children per path. `allocation` divides it among the active paths.
 
-    Every active path goes on at least once, and a tree never owes more leaves than its width. What `transfer` hands on
-    is the budget of the paths that ended on the level just decoded. Shares: one child each, the rest in proportion to
-    softmax(s x / T) by largest remainder, ties at random; x is the mean log-prob (or entropy) of the path's last
-    segment, s = -1 for `low_prob`, else +1; `uniform` weighs all alike.
+    Every active path gets at least one child, and the tree never gets more leaves than its width. The rest of the
+    budget is divided in proportion to softmax(s x / T) by largest remainder, ties at random. x is the mean log-prob (or
+    entropy) of the path's last segment, s = -1 for `low_prob` and +1 otherwise. `uniform` uses equal weights. With
+    `transfer`, the budget also counts the paths that finished on the level just decoded.
 
-    Source: arXiv 2508.17445, algorithm 1, sections 2.3 and 4.4. Ours: the remainder of an even split goes to paths
-    drawn at random (the released code gives all of it to the last path); `entropy`; `spread`, `start` and `every`; the
-    shape of the schedule, half a cosine.
+    Source: arXiv 2508.17445, algorithm 1, sections 2.3 and 4.4. Not in the paper: the remainder of an even division
+    goes to paths drawn at random (the released code gives all of it to the last path); `entropy`; `spread`, `start` and
+    `every`; the half cosine of the temperature schedule.
     """
 
     kind: Literal["budget"] = "budget"
     divergence: int | Range | Literal["spread"] = Field(
         2,
-        description="Children per active path and level (the paper's N or b): a number, or a range [low, high] to draw "
-        "from per level. spread: as many as make the leaves grow geometrically to the width over the whole depth.",
+        description="Children per active path and level (the paper's N or b): a number, or a range [low, high] that "
+        "each level draws from. spread: the number of paths grows geometrically and reaches the width at the last "
+        "level.",
     )
     first_divergence: int | Range | None = Field(
         (2, 8),
-        description="Children of the root: a number, or a range [low, high] to draw from per query; null: the root is "
-        "a path like any other.",
+        description="Children of the root: a number, or a range [low, high] that each tree draws from; null: treat "
+        "the root like any other path.",
     )
-    start: int = Field(0, ge=0, description="Paths of fewer segments do not fork (the root does, by first_divergence).")
-    every: int = Field(1, ge=1, description="Fork only after every so many segments, counted from `start`.")
-    transfer: bool = Field(True, description="Give the budget of paths that have just ended to those alive.")
+    start: int = Field(
+        0, ge=0, description="Paths with fewer segments do not fork. The root forks by first_divergence."
+    )
+    every: int = Field(1, ge=1, description="Segments between two forks of a path, counted from `start`.")
+    transfer: bool = Field(True, description="Give the budget of paths that have just finished to the active ones.")
     allocation: Literal["uniform", "low_prob", "high_prob", "entropy"] = Field(
         "uniform",
-        description="Which paths get more of a level's budget: all alike, the unlikely, the likely, or those whose "
-        "next-token distributions had much entropy.",
+        description="Which paths get more children. uniform: all the same; low_prob: paths with low log-probs; "
+        "high_prob: with high log-probs; entropy: with high entropy of the next-token distributions.",
     )
     over: Literal["segment", "path", "path_sum"] = Field(
         "segment",
-        description="What an unequal allocation judges a path by: the mean over its last segment, or the mean or sum "
-        "over its whole response.",
+        description="Tokens that an allocation other than uniform looks at. segment: mean over the path's last "
+        "segment; path: mean over the whole response; path_sum: sum over the whole response.",
     )
     temperature: float | tuple[float, float] = Field(
         2.0,
-        description="Of the softmax of an unequal allocation, in nats: the higher, the more equal. [from, to]: moves "
-        "over the training by half a cosine; the paper's schedule is [5.0, 1.0].",
+        description="Softmax temperature, in nats, of an allocation other than uniform; higher values give more equal "
+        "shares. [from, to]: changes over the training along half a cosine. The paper's schedule is [5.0, 1.0].",
     )
 
     @field_validator("divergence", "first_divergence")
@@ -124,7 +127,7 @@ class LevelBudget(Settings):
         return depth >= self.start and (depth - self.start) % self.every == 0
 
     def _budget(self, frontier: Frontier, forking: int) -> int:
-        """Children of the `forking` paths together, before the tree's width bounds them."""
+        """Children of all `forking` paths together, before the limit by the tree's width."""
         finished, active = len(frontier.finished), len(frontier.active)
         if self.divergence != "spread":
             transferred = frontier.finished_now if self.transfer else 0
@@ -136,26 +139,26 @@ class LevelBudget(Settings):
         return round(forking * target / (finished + active))
 
     def _target(self, frontier: Frontier, depth: int) -> int:
-        """Paths that a tree which spreads its forks has until it may fork again, when it forks at `depth`."""
+        """With `spread`: paths that the tree should have after its fork at `depth`."""
         grown = min(1.0, (depth + self.every - self.start) / (frontier.levels - self.start))
         return round(math.pow(frontier.width, grown))
 
     def _weights(self, frontier: Frontier, paths: Sequence[int]) -> list[float]:
-        """[len(paths)] shares of a budget, positive and summing to 1."""
+        """[len(paths)] the share of each path in the budget. Shares are positive and sum to 1."""
         if self.allocation == "uniform" or len(paths) == 1:
             return [1 / len(paths)] * len(paths)
         sign = -1.0 if self.allocation == "low_prob" else 1.0
         return softmax([sign * self._merit(frontier.tree, path) for path in paths], self._heat(frontier.progress))
 
     def _merit(self, tree: Tree, path: int) -> float:
-        """What an unequal allocation compares: log-probs or entropies in nats."""
+        """The number by which a path is compared: a mean or sum of log-probs or entropies, in nats."""
         values: list[float] = []
         for node in [path] if self.over == "segment" else tree.path(path)[1:]:
             known = tree.nodes[node].entropies if self.allocation == "entropy" else tree.nodes[node].logprobs
             if known is None:
                 raise ConfigError(
-                    "sampler.branching.allocation: entropy wants the entropies of tokens, and the engine gives none: "
-                    "take another engine, or low_prob"
+                    "sampler.branching.allocation: entropy needs the entropies of tokens, but the engine gives none: "
+                    "use another engine, or low_prob"
                 )
             values += known
         return math.fsum(values) / (1 if self.over == "path_sum" else len(values))
@@ -168,9 +171,9 @@ class LevelBudget(Settings):
 
 
 class CustomBranching(Custom):
-    """A class of yours: with `__call__(frontier)` and `again(frontier)` as `Branching` has them.
+    """Your class. It needs `__call__(frontier)` and `again(frontier)` as in `Branching`.
 
-    An attribute `needs_entropies` that is true makes the nodes know their tokens' entropies.
+    If it has a true attribute `needs_entropies`, nodes get the entropies of their tokens.
     """
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Branching.__call__, "again": Branching.again}
@@ -199,7 +202,7 @@ class CustomBranching(Custom):
         children: Any = self.made.again(frontier)
         if not isinstance(children, int) or not 1 <= children <= frontier.remaining:
             raise self._refuse(
-                f"wants {children!r} children where a tree falls back to: `again` must return a whole number from 1 to "
+                f"gave {children!r} children to the node of a fallback: `again` must return a whole number from 1 to "
                 f"{frontier.remaining} (frontier.remaining)"
             )
         return children
@@ -221,7 +224,7 @@ def softmax(values: Sequence[float], temperature: float) -> list[float]:
 
 
 def apportion(total: int, weights: Sequence[float], rng: Random) -> list[int]:
-    """Split `total` in proportion to `weights` (which sum to 1) by largest remainder, ties at random."""
+    """Divide `total` in proportion to `weights`, which sum to 1. Largest remainder, ties at random."""
     quotas = [total * weight for weight in weights]
     parts = [math.floor(quota) for quota in quotas]
     order = rng.sample(range(len(weights)), len(weights))

@@ -1,4 +1,7 @@
-"""Where a tree grows again when it has run dry: no active path, but leaves still owed. Rewards are never consulted."""
+"""Fallback policies: where a tree continues if no path is active but it has fewer leaves than its width.
+
+A fallback never sees rewards.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,23 @@ from treepo.tree import Stop, Tree
 from treepo.user_code import Custom, kind_of, one_of
 
 Place = tuple[int, int]
-"""A leaf, and how many response tokens of its path are kept."""
+"""A leaf, and the number of response tokens to keep of its path."""
 
 
 class Fallback(Protocol):
-    """Chooses places on finished paths from which to open new children."""
+    """Chooses places on finished paths. New children start there."""
 
     def __call__(self, frontier: Frontier, wanted: int) -> list[Place]:
-        """At most `wanted` places `(leaf, kept)`: on the path to `leaf`, after its first `kept` response tokens.
+        """At most `wanted` places `(leaf, kept)`, each after the first `kept` response tokens of the path to `leaf`.
 
-        `kept` is at most `frontier.longest(leaf)`; where it is inside a node, the node is split. No place at all: the
-        tree stays with fewer leaves than it owes.
+        `kept` is 0 to `frontier.longest(leaf)`. If a place is inside a node, the node is split. With an empty list, the
+        tree keeps fewer leaves than its width.
         """
         ...
 
 
 class Restart(Settings):
-    """Start again at the root."""
+    """Open the new children at the root."""
 
     kind: Literal["root"] = "root"
 
@@ -42,7 +45,7 @@ class Restart(Settings):
 
 
 class NoFallback(Settings):
-    """Do not: the tree stays with fewer leaves than its width."""
+    """No fallback: the tree keeps fewer leaves than its width."""
 
     kind: Literal["none"] = "none"
 
@@ -51,25 +54,26 @@ class NoFallback(Settings):
 
 
 class CutBack(Settings, ABC):
-    """Cuts finished paths, one place on each; starts again at the root where none of them is a candidate.
+    """Cuts the end off finished paths, at one place on each. If no path is a candidate, continues at the root.
 
-    The new children hang on the node that is kept, so that they are conditioned on exactly the tokens that are kept
-    (the released code conditions on the old, longer prefix). At least the last token is cut, and so much that another
-    segment fits into the depth. Source: arXiv 2508.17445, section 2.3.
+    The prefix of a new child is exactly the tokens that are kept. (In the released code it is the old, longer prefix.)
+    At least the last token is cut, and enough tokens that another segment fits into the depth. Source: arXiv
+    2508.17445, section 2.3.
     """
 
     candidates: Literal["ended", "answered", "any"] = Field(
         "ended",
-        description="Paths to cut. ended: by an answer, a stop string or EOS; answered: by an answer; any: every "
-        "finished one, but for those that the engine failed.",
+        description="Paths that may be cut. ended: those that ended with an answer, a stop string or EOS; answered: "
+        "with an answer; any: all finished ones, except after an engine error.",
     )
     order: Literal["random", "answered_first", "longest_first"] = Field(
-        "random", description="In which they are taken; answered_first: drawn, an answered one with more weight."
+        "random",
+        description="Order in which paths are taken. answered_first: random, but answered paths have more weight.",
     )
     answered_weight: float = Field(
-        4.0, gt=0, description="With answered_first: how many times as likely an answered path is to be drawn next."
+        4.0, gt=0, description="With answered_first: weight of an answered path; other paths have weight 1."
     )
-    min_tokens: int = Field(0, ge=0, description="Shorter responses are no candidates.")
+    min_tokens: int = Field(0, ge=0, description="Paths with fewer response tokens are not cut.")
 
     def __call__(self, frontier: Frontier, wanted: int) -> list[Place]:
         tree, rng = frontier.tree, frontier.rng
@@ -81,7 +85,7 @@ class CutBack(Settings, ABC):
 
     @abstractmethod
     def _place(self, frontier: Frontier, leaf: int) -> int:
-        """How many response tokens of the path to `leaf` to keep."""
+        """The number of response tokens to keep of the path to `leaf`."""
 
     def _eligible(self, tree: Tree, leaf: int) -> bool:
         allowed = {
@@ -92,16 +96,17 @@ class CutBack(Settings, ABC):
         return tree.nodes[leaf].stop in allowed and tree.response_length(leaf) >= self.min_tokens
 
     def _key(self, tree: Tree, leaf: int, rng: Random) -> tuple[float, float]:
-        """Ascending keys put leaves in the order in which they are taken."""
+        """Sort key: leaves with small keys are taken first."""
         if self.order == "longest_first":
             return -tree.response_length(leaf), rng.random()
         weighted = self.order == "answered_first" and tree.nodes[leaf].stop is Stop.ANSWER
-        # The smallest of exponential variables is a draw in proportion to their rates (Efraimidis and Spirakis, 2006).
+        # The smallest of several exponential draws is at index i with a probability in proportion to rate i
+        # (Efraimidis and Spirakis, 2006).
         return rng.expovariate(self.answered_weight if weighted else 1.0), 0.0
 
 
 class SegmentBoundary(CutBack):
-    """A segment boundary, uniformly drawn, of each candidate; the last segment is always cut. The paper's rule."""
+    """Cut at a segment boundary, drawn uniformly. The last segment is always cut. The paper's rule."""
 
     kind: Literal["segment"] = "segment"
 
@@ -111,17 +116,17 @@ class SegmentBoundary(CutBack):
 
 
 class GridBoundary(CutBack):
-    """A multiple of `window` tokens, uniformly drawn: the misaligned fallback of the paper, also inside a segment."""
+    """Cut at a multiple of `window` tokens, drawn uniformly, also inside a segment. The paper's misaligned fallback."""
 
     kind: Literal["grid"] = "grid"
-    window: int = Field(ge=1, description="Tokens between two places.")
+    window: int = Field(ge=1, description="Tokens between two possible places.")
 
     def _place(self, frontier: Frontier, leaf: int) -> int:
         return self.window * frontier.rng.randint(0, frontier.longest(leaf) // self.window)
 
 
 class LowestLogProb(CutBack):
-    """Just before the least likely token of the path (the first of them)."""
+    """Cut just before the token with the lowest log-prob on the path; the first one if several are equal."""
 
     kind: Literal["lowest_logprob"] = "lowest_logprob"
 
@@ -130,13 +135,20 @@ class LowestLogProb(CutBack):
         return min(range(len(logprobs)), key=logprobs.__getitem__, default=0)
 
 
-class Block(CutBack):
-    """Just before a block of `window` tokens, drawn by its mean log-prob x with weights softmax(+-x / temperature)."""
+class WeightedBlock(CutBack):
+    """Cut just before a block of `window` tokens, drawn with weights softmax(+-x / temperature).
+
+    x is the block's mean log-prob; the sign is - for `prefer: low`.
+    """
 
     kind: Literal["block"] = "block"
-    window: int = Field(ge=1, description="Tokens of a block; the last may be shorter.")
-    prefer: Literal["low", "high"] = Field("low", description="Unlikely or likely blocks.")
-    temperature: float = Field(1.0, gt=0, description="Of the softmax, in nats: the higher, the more equal.")
+    window: int = Field(ge=1, description="Tokens of a block; the last block may be shorter.")
+    prefer: Literal["low", "high"] = Field(
+        "low", description="Which blocks are drawn more often: low or high mean log-prob."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Softmax temperature, in nats; a higher value gives more equal weights."
+    )
 
     def _place(self, frontier: Frontier, leaf: int) -> int:
         logprobs = _logprobs(frontier.tree, leaf)
@@ -148,7 +160,7 @@ class Block(CutBack):
 
 
 class CustomFallback(Custom):
-    """A class of yours: with `__call__(frontier, wanted)` as `Fallback` has it."""
+    """Your class. It needs `__call__(frontier, wanted)` as in `Fallback`."""
 
     calls: ClassVar[dict[str, Any]] = {"__call__": Fallback.__call__}
 
@@ -162,8 +174,8 @@ class CustomFallback(Custom):
                     pass
                 case _:
                     raise self._refuse(
-                        f"chose the place {place!r}: it must be (leaf, kept), a leaf of frontier.finished and 0 to "
-                        "frontier.longest(leaf) response tokens to keep of its path"
+                        f"chose the place {place!r}: it must be (leaf, kept) with leaf in frontier.finished and kept "
+                        "from 0 to frontier.longest(leaf)"
                     )
         return [(leaf, kept) for leaf, kept in places]
 
@@ -173,7 +185,7 @@ AnyFallback = Annotated[
     | Annotated[GridBoundary, Tag("grid")]
     | Annotated[Restart, Tag("root")]
     | Annotated[LowestLogProb, Tag("lowest_logprob")]
-    | Annotated[Block, Tag("block")]
+    | Annotated[WeightedBlock, Tag("block")]
     | Annotated[NoFallback, Tag("none")]
     | Annotated[CustomFallback, Tag("custom")],
     Discriminator(kind_of("segment")),
@@ -182,5 +194,5 @@ AnyFallback = Annotated[
 
 
 def _logprobs(tree: Tree, leaf: int) -> list[float]:
-    """[tokens of the response] log-probs of the path to `leaf`."""
+    """[response tokens] log-probs on the path to `leaf`."""
     return list(chain.from_iterable(tree.nodes[node].logprobs for node in tree.path(leaf)[1:]))

@@ -1,1 +1,1 @@
-"""A run: its configuration, the objects built from it, the loop, checkpoints and the folder on disk."""
+"""A training run: configuration, the objects made from it, the training loop, checkpoints and the run's folder."""

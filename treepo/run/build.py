@@ -1,4 +1,4 @@
-"""From a configuration to the objects that it describes: the actor, and a run of training."""
+"""Makes the objects that a configuration describes: the actor, its engine, and a training run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from treepo.warmup import warm_up
 def training(config: Config, *, resume: bool = False, observer: Observer | None = None) -> Iterator[Trainer]:
     """The run that `config` describes: `with training(config) as trainer: trainer.run()`.
 
-    `resume` goes on after the newest checkpoint in the run's folder.
+    `resume`: continue from the newest checkpoint in the run's folder. Raises `ConfigError` or `TaskError` for settings
+    that cannot work.
     """
-    # What the user may have got wrong comes before what takes long.
+    # Check the settings before the slow steps.
     if config.model.dtype != "float32" and config.model.lora is None:
         raise ConfigError(f"model.dtype: {NOT_FLOAT32.format(config.model.dtype)}")
     config.task.problems("train")
@@ -40,11 +41,11 @@ def training(config: Config, *, resume: bool = False, observer: Observer | None 
         config.task.problems("test")
     processes = Processes.started(cpu=causal_lm.device(config.model).type == "cpu")
     if config.trainer.ahead and processes.count > 1:
-        raise ConfigError("trainer.ahead is for one process: sampling and updates of several would cross")
+        raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
     observer = observer if observer and processes.main else Observer()
     folder = RunFolder(config.out, _described(config), resume=resume, read=lambda path: _described(load(path)))
     found = folder.latest_checkpoint()
-    processes.wait()  # until everyone has looked, and before anyone writes
+    processes.wait()  # no process may write before all have looked for a checkpoint
     with (
         build_actor(config, found, observer.warming_up, processes, folder.path) as actor,
         Trainer(
@@ -71,18 +72,18 @@ def build_actor(
     processes: Processes | None = None,
     train_in: Path | None = None,
 ) -> Actor:
-    """The actor that `config` describes, with the model in folder `weights` instead of its own if that is given.
+    """The actor that `config` describes. The caller must close it.
 
-    A new model is warmed up; `on_warmup(step, steps, loss)` is called after every step. `train_in`: the folder of the
-    run that trains it. Only there it gets a new adapter, and a new model is kept there for its adapters. The caller
-    closes the actor.
+    `weights`: folder of the model to use instead of the configuration's. `on_warmup(step, steps, loss)` is called after
+    every step of the warm-up of a new model. `train_in`: folder of the run, if the actor is for training. Only then a
+    new adapter is added; if the model is new too, it is saved in this folder, because an adapter needs its base model.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     processes = processes or Processes()
     tokenizer = _tokenizer(config)
     model = _model(config, tokenizer, weights)
-    causal_lm.stop_ids(model, tokenizer)  # what fails, fails before the warm-up
+    causal_lm.stop_ids(model, tokenizer)  # raises an error now rather than after the warm-up
 
     def warm() -> None:
         teacher = teacher_of(config.task)
@@ -94,7 +95,7 @@ def build_actor(
     adapter = config.model.lora
     first = adapter is not None and train_in is not None and not lora.adapted(model)
     if adapter is not None and train_in is not None and first:
-        # Before the engine starts, which may do so on what the adapter belongs to.
+        # This comes before the engine starts, because the engine may load the base model of the adapter.
         warm()
         base = _base(config.model.path, model, tokenizer, train_in, processes)
         lora.attach(model, adapter, base, derive(config.seed, "adapter"))
@@ -105,7 +106,7 @@ def build_actor(
             require_room(engine, shape)
         if not first:
             warm()
-    except BaseException:  # not handled, only tidied up after
+    except BaseException:  # clean up, then raise it again
         actor.close()
         raise
     return actor
@@ -137,7 +138,7 @@ def _model(config: Config, tokenizer: PreTrainedTokenizerBase, weights: Path | N
 def _base(
     path: str | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path, processes: Processes
 ) -> str:
-    """Under which path others find the model that an adapter belongs to; one without a path is kept in the run."""
+    """The path or Hub name of an adapter's base model. A model without a path is first saved in the run's folder."""
     if path is not None:
         folder = Path(path).expanduser()
         return str(folder.absolute()) if folder.is_dir() else path
@@ -152,7 +153,7 @@ def _base(
 
 
 def build_engine(config: Config, model: PreTrainedModel, processes: Processes) -> Engine:
-    """The engine that `config` describes, for `model`. Processes share servers, and the main one sends them weights."""
+    """The engine that `config` describes, for `model`. Of several processes, the main one sends weights to servers."""
     settings = config.engine
     if isinstance(settings, LocalSettings):
         return LocalEngine(model, settings)

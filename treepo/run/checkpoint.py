@@ -1,8 +1,8 @@
-"""Checkpoints: the whole state of a run in a folder that appears at once or not at all.
+"""Checkpoints: the whole state of a run in a folder, which is complete or does not exist.
 
-`checkpoints/step-000040/` is a Hugging Face model folder, or that of an adapter (which names its base), with two more
-files: `optimizer.safetensors` and `state.json`. There is no random state to keep: every draw is keyed by its place. No
-pickle is written or read. Importing this module loads no torch.
+`checkpoints/step-000040/` is a Hugging Face folder of a model, or of an adapter (which names its base model). It has
+two more files: `optimizer.safetensors` and `state.json`. There is no random state, because every random number is keyed
+by its place. No pickle is written or read. Importing this module does not load torch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Where a run stands, apart from weights and optimizer."""
+    """The progress of a run. The weights and the optimizer are saved separately."""
 
-    step: int = 0  # finished steps
-    position: int = 0  # training problems consumed
+    step: int = 0  # finished training steps
+    position: int = 0  # training problems used so far
     generated_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # time in training steps
 
 
 def save(
@@ -45,7 +45,7 @@ def save(
     state: State,
     keep: int,
 ) -> Path:
-    """Write `folder/step-NNNNNN` and drop all but the `keep` newest; raises `ConfigError` when the disk refuses."""
+    """Write `folder/step-NNNNNN` and delete all but the `keep` newest. Raises `ConfigError` if writing fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -60,11 +60,11 @@ def save(
             save_file(_flat(model, optimizer), part / "optimizer.safetensors")
             (part / "state.json").write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
             share(part)
-    except (OSError, SafetensorError) as error:  # the latter is how safetensors says that a disk is full
+    except (OSError, SafetensorError) as error:  # safetensors raises SafetensorError for a full disk
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{final}: cannot write the checkpoint: {reason}; the last complete one is intact: "
-            "make room and continue with --resume"
+            f"{final}: cannot write the checkpoint: {reason}; the checkpoint before it is intact: "
+            "free some disk space and continue with --resume"
         ) from error
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
@@ -78,7 +78,7 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_state(checkpoint: Path) -> State:
-    """Where the run stood."""
+    """The progress of the run at `checkpoint`."""
     return State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
 
 
@@ -94,10 +94,10 @@ def load_optimizer(checkpoint: Path, model: PreTrainedModel, optimizer: torch.op
 
 
 def initial_policy(model: PreTrainedModel, kept: Path, source: str | None, *, resumed: bool, keeps: bool) -> Reference:
-    """The policy that a run began with, for a loss with a KL term. A new adapter's is the model without it.
+    """The initial policy of a run, for a loss with a KL term. For a new adapter, it is the model without the adapter.
 
-    `source`: folder or Hub name that it was loaded from. Without one it is in the folder `kept`, where a new run puts
-    it if `keeps` (one process does).
+    `source`: folder or Hub name of the initial policy. Without it, the folder `kept` has the initial policy: a new run
+    saves it there if `keeps` is true (in one process). `resumed`: the run was resumed, so `model` has been trained.
     """
     from treepo.models import causal_lm, lora
 

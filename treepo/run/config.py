@@ -1,4 +1,7 @@
-"""One configuration for a whole run: the settings of every module, from YAML and `key=value` overrides, strictly."""
+"""The configuration of a run: the settings of every module, read from YAML and `key=value` overrides.
+
+Unknown keys and wrong values are errors.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +24,29 @@ from treepo.sampler import SamplerSettings
 from treepo.settings import Settings
 from treepo.tasks.any import AnyTask
 from treepo.tasks.scoring import ScoringSettings
+from treepo.user_code import Custom, RefusedKeyError, arguments_of
 from treepo.warmup import WarmupSettings
 
 S = TypeVar("S", bound=Settings)
 
 
 class Config(Settings):
-    """A run."""
+    """All settings of a run."""
 
-    out: str = Field("runs/run", description="Folder of the run.")
-    seed: int = Field(0, ge=0, description="Everything random follows from it.")
+    out: str = Field("runs/run", description="Folder that the run writes its checkpoints, metrics and trees to.")
+    seed: int = Field(0, ge=0, description="Seed of all random numbers of the run.")
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of torch; small models are fastest with 1. Default: torch's choice."
+        None,
+        ge=1,
+        description="CPU threads that torch uses; default: torch decides. Small models are fastest with 1.",
     )
     task: Annotated[AnyTask, Field(description="Where problems come from, and what a response is worth.")]
     model: ModelSettings
-    warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model; needs a teaching task.")
-    engine: EngineSettings = Field(LocalSettings(), description="What decodes: this process, or servers.")
+    warmup: WarmupSettings | None = Field(None, description="Supervised steps for a new model, before training.")
+    engine: EngineSettings = Field(LocalSettings(), description="The engine that samples.")
     sampler: SamplerSettings = SamplerSettings()
     scoring: ScoringSettings = ScoringSettings()
-    advantage: Annotated[AnyEstimator, Field(description="Estimator of advantages.")] = TreePO()
+    advantage: Annotated[AnyEstimator, Field(description="The estimator of advantages.")] = TreePO()
     loss: Annotated[AnyLoss, Field(description="The loss.")] = PolicyLoss()
     trainer: TrainerSettings = TrainerSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -48,26 +54,26 @@ class Config(Settings):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         if self.sampler.sampling.temperature == 0:
-            raise ValueError("sampler.sampling.temperature must be above 0: greedy leaves are all the same")
+            raise ValueError("sampler.sampling.temperature must be above 0: at 0 all leaves of a tree are equal")
         if self.trainer.mini_batches > self.trainer.prompts_per_step:
             raise ValueError("trainer.mini_batches must not exceed trainer.prompts_per_step")
         if self.trainer.overlong_tokens > self.sampler.response_tokens:
             raise ValueError("trainer.overlong_tokens must not exceed the response budget (segment_tokens * max_depth)")
         if self.trainer.ahead and self.engine.kind == "local":
-            raise ValueError("trainer.ahead needs an engine with weights of its own: engine.kind=server or vllm")
+            raise ValueError("trainer.ahead needs an engine with separate weights: engine.kind=server or vllm")
         if self.trainer.ahead and isinstance(self.loss, PolicyLoss) and self.loss.rollout_cap is None:
-            raise ValueError("trainer.ahead trains on stale trees: correct for it by loss.rollout_cap, such as 2.0")
+            raise ValueError("trainer.ahead trains on trees that are one step old: set loss.rollout_cap, such as 2.0")
         if self.warmup is not None and self.model.create is None:
             raise ValueError(
-                "warmup is for a model that is created: set model.create instead of model.path, or drop it"
+                "warmup is for a model that is created: set model.create instead of model.path, or remove warmup"
             )
         return self
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in a YAML file, with dotted `key=value` overrides (values are YAML) applied to it.
+    """The configuration in a YAML file, after dotted `key=value` overrides. Their values are YAML.
 
-    Raises `ConfigError` in one line: where, what was given, what is allowed, and the nearest right key.
+    Raises `ConfigError`, whose one line has the key, the given value, what is allowed, and the most similar known key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -90,9 +96,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def changed(config: Config, overrides: Sequence[str]) -> Config:
-    """`config` with dotted `key=value` overrides applied; raises `ConfigError` as `load` does.
+    """`config` after dotted `key=value` overrides. Raises `ConfigError` as `load` does.
 
-    A value such as `advantage={kind: grpo}` replaces a whole section.
+    A value such as `advantage={kind: grpo}` replaces the whole section.
     """
     values = config.model_dump(mode="json", by_alias=True)
     for override in overrides:
@@ -104,7 +110,7 @@ def changed(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def valid(settings: type[S], **values: Any) -> S:
-    """`settings` with these values; raises `ConfigError` as `load` does."""
+    """An instance of `settings` with `values`. Raises `ConfigError` as `load` does."""
     try:
         return settings.model_validate(values)
     except ValidationError as error:
@@ -112,7 +118,7 @@ def valid(settings: type[S], **values: Any) -> S:
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """The nested mapping that dotted `key=value` overrides spell out."""
+    """Dotted `key=value` overrides as a nested mapping: `a.b=1` becomes `{"a": {"b": 1}}`."""
     values: dict[str, Any] = {}
     for override in overrides:
         _apply(values, override)
@@ -120,7 +126,7 @@ def values_of(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def dump(config: Config) -> str:
-    """The resolved configuration as YAML; `load` reads it back."""
+    """The whole configuration as YAML, defaults included. `load` reads it back."""
     text: str = yaml.safe_dump(
         config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=120
     )
@@ -128,29 +134,52 @@ def dump(config: Config) -> str:
 
 
 def explain(error: ValidationError, values: Any, root: type[BaseModel] = Config) -> str:
-    """The first problem of a validation error of `root`, in the user's words."""
+    """The first problem of a validation error of `root`, in one line. It names the key as the user wrote it."""
     first = error.errors()[0]
-    # Unions add a tag ("program") or a type ("int") to the location; the user did not write it.
-    no_value = first["type"] in ("extra_forbidden", "missing")
-    keys: list[str] = []
-    at: Any = values
-    for part in first["loc"]:
-        if isinstance(part, int) or (isinstance(at, dict) and part in at) or (no_value and part == first["loc"][-1]):
-            keys.append(str(part))
-            at = at.get(part) if isinstance(at, dict) else None
+    location = first["loc"]
+    keys = _written(location, values, root, ends_in_key=first["type"] in ("extra_forbidden", "missing"))
     where = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        close = nearest(keys[-1], _allowed(root, first["loc"][:-1]))
-        return f"{where}: unknown key{hint(keys[-1], where) or close or _elsewhere(keys[-1])}"
+        key = keys[-1]
+        other = _other_kinds_with(key, root, location[:-1])
+        close = nearest(key, _keys(_classes_at(root, location[:-1])))
+        return f"{where}: unknown key{hint(key, where) or other or close or _elsewhere(key)}"
     if first["type"] == "missing":
         return f"{where}: is required"
+    # `Custom` raises a ValueError from the error of the user's class, and that error may name a key of the section.
+    cause = getattr(first.get("ctx", {}).get("error"), "__cause__", None)
+    if isinstance(cause, RefusedKeyError):
+        return f"{where}.{cause.key}: {cause.reason}"
     message = first["msg"].removeprefix("Value error, ")
     given = "" if isinstance(first["input"], dict | BaseModel) else f", not {first['input']!r}"
     return f"{where}: {message}{given}" if where else message
 
 
+def _written(location: Sequence[int | str], values: Any, root: type[BaseModel], *, ends_in_key: bool) -> list[str]:
+    """The parts of an error's location that the user wrote.
+
+    pydantic adds a part for every union: the tag of the kind ("program"), or the type ("int"). `ends_in_key`: the last
+    part is a key, also if `values` lacks it.
+    """
+    keys: list[str] = []
+    at = values
+    for i, part in enumerate(location):
+        if len(_classes_at(root, location[:i])) > 1:  # several kinds are possible here, so this part is the tag
+            continue
+        if isinstance(part, int) or (isinstance(at, dict) and part in at) or (ends_in_key and i == len(location) - 1):
+            keys.append(str(part))
+            at = at.get(part) if isinstance(at, dict) else None
+    return keys
+
+
+def _other_kinds_with(key: str, root: type[BaseModel], location: Sequence[int | str]) -> str:
+    """Which other kinds of the section at `location`, which ends in a tag, have `key`; "" if none has it."""
+    kinds = [c for c in _classes_at(root, location[:-1]) if "kind" in c.model_fields and key in _keys([c])]
+    return f"; it belongs to kind {' and '.join(str(c.model_fields['kind'].default) for c in kinds)}" if kinds else ""
+
+
 def _elsewhere(key: str) -> str:
-    """Where a configuration has `key`, for one that is in the wrong section; "" if nowhere or in many places."""
+    """A hint for a key in the wrong section: the sections that have it; "" if no section or too many have it."""
     found = [
         f"{section}.{key}"
         for section in Config.model_fields
@@ -173,35 +202,43 @@ def _apply(values: dict[str, Any], override: str) -> None:
         at = at[parent]
         if not isinstance(at, dict):
             raise ConfigError(f"{override!r}: {parent} has no keys below it")
+    before = at.get(last)
     try:
         at[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not valid YAML") from error
     if last == "kind":
-        for name in _of_other_kinds(parents, at[last]):
+        for name in _of_other_kinds(parents, at[last], before):
             at.pop(name, None)
 
 
-def _of_other_kinds(section: Sequence[str], kind: object) -> set[str]:
-    """Keys of a section that its other kinds know and this one does not: whoever chooses it has no use for them."""
+def _of_other_kinds(section: Sequence[str], kind: object, before: object) -> set[str]:
+    """Keys that a section loses when an override changes its kind: other kinds know them and the new one does not.
+
+    Example: `engine.kind=server` removes `slots`, a key of `local`. So does `engine.kind=my:Engine`, unless that class
+    has an argument `slots`. If the kind `before` was such a class too, the keys may be its keys, and all stay.
+    """
     classes = [c for c in _classes_at(Config, section) if "kind" in c.model_fields]
+    if _names_a_class(kind):
+        if _names_a_class(before):
+            return set()
+        return set(_keys([c for c in classes if not issubclass(c, Custom)])) - {"kind"} - arguments_of(str(kind))
     chosen = [c for c in classes if kind in get_args(c.model_fields["kind"].annotation)]
     return set(_keys(classes)) - set(_keys(chosen)) if chosen else set()
 
 
-def _allowed(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Keys that the settings class at `location` in `root` knows."""
-    return _keys(_classes_at(root, location))
+def _names_a_class(kind: object) -> bool:
+    return isinstance(kind, str) and ":" in kind
 
 
 def _classes_at(root: type[BaseModel], location: Sequence[int | str]) -> list[type[BaseModel]]:
-    """Settings classes that may be at `location` in `root`."""
+    """Settings classes that may be at `location` in `root`; several if it is a section with kinds."""
     here: list[type[BaseModel]] = [root]
     for part in location:
         below = [
             found for c in here if part in c.model_fields for found in _classes(c.model_fields[str(part)].annotation)
         ]
-        # What is no field is the tag of a discriminated union, such as "program".
+        # A part that is no field is the tag of a kind, such as "program".
         here = below or [
             c for c in here if "kind" in c.model_fields and part in get_args(c.model_fields["kind"].annotation)
         ]

@@ -1,4 +1,4 @@
-"""What works on this machine, what is missing, and how to get it."""
+"""`treepo doctor`: what works on this machine, what is missing, and how to install it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "math-verify", "
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line of the examination."""
+    """One line of the report."""
 
     what: str
     state: Literal["ok", "missing", "broken"]
@@ -25,7 +25,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at libraries, devices, engines and optional parts; runs a small model on the local engine."""
+    """Check libraries, devices, engines and optional parts. Runs a small model on the local engine."""
     found = [Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     for name in LIBRARIES:
         try:
@@ -62,7 +62,7 @@ def _scripted() -> Finding:
 
 
 def _local() -> Finding:
-    """Decode a tree with a small random model and compare its log-probs with a plain forward pass."""
+    """Sample a tree from a small random model and compare its log-probs with a plain forward pass."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -101,7 +101,7 @@ def _local() -> Finding:
 def _server() -> Finding:
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         return Finding("treepo serve", "missing", "optional: pip install 'treepo[serve]'")
-    return Finding("treepo serve", "ok", "installed; engine.kind=server needs nothing but a server")
+    return Finding("treepo serve", "ok", "installed")
 
 
 def _adapters() -> Finding:

@@ -1,4 +1,4 @@
-"""A run's folder: `config.yaml`, `metrics.jsonl`, `trees/`, `checkpoints/`, and what a killed run may leave in it."""
+"""The folder of a run: `config.yaml`, `metrics.jsonl`, `trees/` and `checkpoints/`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from treepo.run import checkpoint
 from treepo.run.metrics import Metrics
 from treepo.tree import ScoredTree, write_trees
 
-REMEDY = "mend it, and continue with --resume"
+REMEDY = "correct this and continue with --resume"
 
-# What a resumed run may set anew: how long to train, and what to evaluate, keep and report on the way.
+# Settings that may change when a run is resumed. They do not change the weights of a step.
 MAY_CHANGE = {"trainer": {"steps", "eval_every", "save_every", "keep_checkpoints", "save_trees_every", "trackers"}}
 
 
@@ -29,10 +29,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """Belongs to one run. One that holds a run already is refused, unless that run is resumed with its own settings.
+    """The folder of one run. Raises `ConfigError` if it has a run already and `resume` is false.
 
-    `settings` are all settings of the run by section; `read` gives those of an earlier one back from its
-    `config.yaml`. `claim` writes them, once all that can be checked beforehand is checked.
+    `settings`: all settings of the run, by section. `read` reads the settings of an earlier run from its `config.yaml`;
+    a resumed run must have the same settings, except those in `MAY_CHANGE`. `claim` writes the settings. Call it after
+    all other checks, so that a run that never starts does not occupy the folder.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RunFolder:
             raise ConfigError(f"out: cannot write to {self.path}: {error.strerror}") from error
 
     def claim(self) -> None:
-        """Write the settings."""
+        """Write the settings to `config.yaml`."""
         text = yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True, width=120)
         with writing(self.path, REMEDY):
             self._resolved.write_text(f"# treepo {__version__}\n{text}", encoding="utf-8")
@@ -70,19 +71,22 @@ class RunFolder:
         return checkpoint.latest(self.checkpoints)
 
     def record(self, metrics: Metrics) -> None:
-        """Append a line to `metrics.jsonl`."""
+        """Append `metrics` to `metrics.jsonl`, as one line."""
         with writing(self.metrics, REMEDY), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def write_trees(self, step: int, trees: Sequence[ScoredTree]) -> None:
-        """Keep the trees of a step."""
+        """Write the trees of a step to `trees/`."""
         folder = self.path / "trees"
         with writing(folder, REMEDY):
             folder.mkdir(exist_ok=True)
             write_trees(folder / f"step-{step:06d}.jsonl.gz", trees)
 
     def forget_after(self, step: int | None) -> None:
-        """Drop what a killed run reported after its last checkpoint (None: it had none): it will be done again."""
+        """Delete metrics and trees of the steps after `step`, the last checkpoint (None: no checkpoint).
+
+        The resumed run does these steps again.
+        """
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [x for x in lines if step is not None and x.endswith("\n") and json.loads(x)["step"] <= step]
@@ -97,13 +101,13 @@ class RunFolder:
     def _require_same(self, before: Mapping[str, Any]) -> None:
         for name, old, new in _differences(_binding(before), _binding(self.settings)):
             raise ConfigError(
-                f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume with its own settings "
+                f"{name}: the run in {self.path} has {old!r}, not {new!r}: resume it with its settings "
                 f"({self._resolved}), or start another run (out=...)"
             )
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a `metrics.jsonl`."""
+    """The metrics in a `metrics.jsonl`, one entry per line."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

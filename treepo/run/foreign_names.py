@@ -1,7 +1,7 @@
-"""What other tools call our settings, so that a key of theirs is answered with ours.
+"""Names of settings in other tools. If a user writes one of them, the error message gives the name in treepo.
 
-The names are those of TRL 1.16 (GRPOConfig and its parents), verl 0.9.1 (ppo_trainer.yaml) and vLLM 0.32 (engine and
-sampling parameters). A name stands for itself at any place of the configuration.
+The names come from TRL 1.16 (GRPOConfig and its parents), verl 0.9.1 (ppo_trainer.yaml) and vLLM 0.32 (engine and
+sampling parameters). They are recognised in every section of the configuration.
 """
 
 from __future__ import annotations
@@ -120,13 +120,13 @@ OURS: dict[str, str] = {
     "max_train_samples": "task.limit",
     "train_max_samples": "task.limit",
 }
-"""Another tool's name -> where that is set here, with a word in parentheses where it is not the same."""
+"""Name in another tool -> setting in treepo, with a note in parentheses if the two are not the same."""
 
 
 def hint(key: str, place: str = "") -> str:
-    """`"; here it is called sampler.width"` for a name of another tool, "" for any other.
+    """`"; here it is called sampler.width"` for a name of another tool, `""` for other names.
 
-    `place`: the key with its sections; a key of ours in the wrong section is answered too (`sampler.lr`).
+    `place`: the key with its sections, such as `sampler.width`. A key that is right at `place` gives `""`.
     """
     ours = OURS.get(key)
     return f"; here it is called {ours}" if ours is not None and ours != place else ""

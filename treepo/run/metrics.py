@@ -1,4 +1,4 @@
-"""What a step says about the trees that it has sampled. Names are `group/name`, so that trackers group them."""
+"""Metrics of the trees that a step has sampled. Names are `group/name`, because trackers group by the first part."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from treepo.tree import ScoredTree, Stop
 
 Metrics = dict[str, Any]
-"""Flat: a name such as `reward/mean`, and a number or None for what is not known. One line of `metrics.jsonl`."""
+"""One line of `metrics.jsonl`: names such as `reward/mean`, and numbers or None (not known)."""
 
 
 def describe(step: int, sampled: Sequence[ScoredTree], used: Sequence[ScoredTree]) -> Metrics:
-    """Metrics of the trees `sampled` in a step, of which those in `used` are trained on.
+    """Metrics of the trees that were `sampled` in a step, and of those that are `used` for the update.
 
-    It walks nodes and not tokens, but for one sum of the log-probs, so that it takes milliseconds for 300,000 tokens.
+    Takes milliseconds for 300,000 tokens: except for one sum over the log-probs, it walks nodes and not tokens.
     """
     trees = [scored.tree for scored in sampled]
     leaves = [(tree, leaf) for tree in trees for leaf in tree.leaves()]
@@ -41,7 +41,7 @@ def describe(step: int, sampled: Sequence[ScoredTree], used: Sequence[ScoredTree
         "tokens/sharing": flat / max(1, generated),
         "response_tokens/mean": flat / max(1, len(leaves)),
         "response_tokens/max": max(lengths, default=0),
-        # The mean of -log p over sampled tokens estimates the entropy; `entropy/mean` of the update is the entropy.
+        # The mean of -log p over sampled tokens estimates the entropy. `entropy/mean`, from the update, is exact.
         "entropy/sampled": -sum(sum(node.logprobs) for node in nodes) / with_logprob if with_logprob else None,
         "staleness/mean": sum(step - 1 - node.version for node in nodes) / len(nodes) if nodes else None,
         "staleness/mixed": mixed / max(1, len(trees)),
@@ -50,7 +50,7 @@ def describe(step: int, sampled: Sequence[ScoredTree], used: Sequence[ScoredTree
 
 
 def flat_numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float | int | str | bool]:
-    """Nested values under dotted names, without lists and None: what trackers take."""
+    """Nested values under dotted names, for trackers. Lists and None are left out."""
     flat: dict[str, float | int | str | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):

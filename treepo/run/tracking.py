@@ -1,4 +1,4 @@
-"""Experiment trackers (tensorboard, trackio, wandb), through accelerate."""
+"""Experiment trackers (tensorboard, trackio, wandb), used through accelerate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from treepo.run.metrics import Metrics, flat_numbers
 
 
 class Trackers:
-    """The trackers called `names`, which get the settings of the run in `folder` and then every line of its metrics."""
+    """The trackers `names`. They get the settings of the run in `folder`, then its metrics line by line."""
 
     def __init__(self, names: Sequence[str], folder: RunFolder, *, cpu: bool) -> None:
         self._accelerator: Any = None
@@ -26,11 +26,11 @@ class Trackers:
             self._accelerator.init_trackers("treepo", flat_numbers(folder.settings))
 
     def log(self, metrics: Metrics) -> None:
-        """Send a line of metrics."""
+        """Send one line of metrics."""
         if self._accelerator is not None:
             self._accelerator.log(flat_numbers(metrics), step=metrics["step"])
 
     def finish(self) -> None:
-        """Let them send what is left."""
+        """Send everything that is left and close the trackers."""
         if self._accelerator is not None:
             self._accelerator.end_training()

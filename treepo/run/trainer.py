@@ -1,11 +1,11 @@
-"""The training loop, the only stateful part: problems -> trees -> rewards -> advantages -> packed updates.
+"""The training loop: problems -> trees -> rewards -> advantages -> packed updates.
 
     actor = Actor.of(model, tokenizer, task)
     with Trainer(actor, advantage=TreePO(), settings=TrainerSettings(steps=50), folder="runs/mine") as trainer:
         trainer.run()
 
-`treepo.run.build.training` makes the same objects from a configuration. The same objects and seed give the same run. A
-killed run that is resumed ends bit-identical to one that was not (on one CPU with the same number of threads).
+`treepo.run.build.training` makes these objects from a configuration. The same objects and seed give the same run. On a
+CPU with the same number of threads, a run that was killed and resumed gives the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,51 +42,51 @@ from treepo.tasks import Problem
 from treepo.tree import ScoredTree
 
 NOT_FLOAT32 = (
-    "training needs float32 weights, because updates are lost in {}; sample and eval take any, and so does model.lora, "
-    "whose adapters are float32"
+    "training needs float32 weights, because updates are lost in {}: set model.dtype=float32, or train an adapter "
+    "(model.lora), which is always float32. sample and eval work with any dtype"
 )
 
 
 class DynamicSampling(Settings):
-    """Replace prompts whose leaves all have the same reward (DAPO, arXiv 2503.14476)."""
+    """Replace trees whose leaves all have the same reward by trees of further prompts (DAPO, arXiv 2503.14476)."""
 
-    oversample: float = Field(1.0, ge=1, description="Prompts sampled per prompt wanted; the paper uses 3.")
-    rounds: int = Field(2, ge=0, description="Most further rounds of sampling when too few prompts have spread.")
+    oversample: float = Field(1.0, ge=1, description="Prompts to sample per missing prompt; the paper uses 3.")
+    rounds: int = Field(2, ge=0, description="Most additional rounds of sampling per step, while prompts are missing.")
 
 
 class TrainerSettings(LearnerSettings):
-    """The training loop, with the settings of the learner."""
+    """The training loop and the update."""
 
-    steps: int = Field(200, ge=1, description="Sampling and update steps.")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts whose trees make up one batch.")
+    steps: int = Field(200, ge=1, description="Training steps. Each samples trees and updates the model.")
+    prompts_per_step: int = Field(8, ge=1, description="Prompts per step; each gives one tree of the batch.")
     dynamic_sampling: DynamicSampling | None = Field(
-        DynamicSampling(), description="null trains on every prompt, also where all rewards are the same."
+        DynamicSampling(), description="null: train on all trees, also on those whose rewards are all the same."
     )
     overlong_tokens: int = Field(
-        0,
-        ge=0,
-        description="The reward falls linearly over so many last tokens of the response budget; 0: it does not.",
+        0, ge=0, description="The reward falls linearly over the last n tokens of the response budget; 0: no penalty."
     )
-    overlong_penalty: float = Field(1.0, ge=0, description="What a response of the full budget loses.")
+    overlong_penalty: float = Field(1.0, ge=0, description="Reward that a response of the full budget loses.")
     ahead: bool = Field(
         False,
-        description="Sample the next step's trees while this step's update is computed: they are one step stale, which "
-        "loss.rollout_cap makes up for. For engines with weights of their own (server, vllm) and a single process.",
+        description="Sample the next step's trees during this step's update. Faster, but the trees are one step old; "
+        "set loss.rollout_cap to correct for that. Needs engine.kind=server or vllm, and a single process.",
     )
-    max_error_rate: float = Field(0.2, ge=0, le=1, description="A step with more leaves without reward fails the run.")
+    max_error_rate: float = Field(
+        0.2, ge=0, le=1, description="The run fails if a larger share of a step's leaves has no reward."
+    )
     eval_every: int = Field(
-        20, ge=0, description="Steps between held-out evaluations, with one at either end; 0: none at all."
+        20, ge=0, description="Steps between held-out evaluations, with one before and one after training; 0: none."
     )
     save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept; the oldest go first.")
-    save_trees_every: int = Field(10, ge=0, description="Steps between trees written to disk; 0: none.")
+    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
+    save_trees_every: int = Field(10, ge=0, description="Steps between trees written to the run's folder; 0: none.")
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Experiment trackers that get every metric, through accelerate."
+        [], description="Experiment trackers that get all metrics."
     )
 
 
 class Observer:
-    """Is told how a run goes. This one ignores it; the command line's shows progress."""
+    """Its methods are called when something happens in a run. Here they do nothing; the command line shows progress."""
 
     def warming_up(self, step: int, steps: int, loss: float) -> None: ...
 
@@ -104,22 +104,22 @@ class Observer:
 
 
 class Collected(NamedTuple):
-    """What a step has sampled."""
+    """The trees that a step has sampled."""
 
     sampled: list[ScoredTree]
-    used: list[ScoredTree]  # to train on
-    position: int  # in the stream of problems, after them
+    used: list[ScoredTree]  # the trees to train on
+    position: int  # in the stream of problems, after the sampled ones
     sample_s: float
     score_s: float
 
 
 class Trainer:
-    """A run in its folder. The caller closes the actor, which can be used further.
+    """A training run and its folder. A context manager; it does not close the actor, which can be used afterwards.
 
-    `advantage` and `loss` are any objects of these protocols. `sampler`: the shape of the trees, or an object that
-    grows them. `folder`: a path, or a `RunFolder` with the settings to keep in it. `resume`: go on after the newest
-    checkpoint in the folder; its weights are loaded into the actor's model, unless it `holds` them already. `initial`:
-    folder or Hub name of the initial policy for a loss with a KL term; default: the run keeps a copy of the model.
+    `advantage` and `loss`: any objects with these protocols. `sampler`: settings, or an object that grows trees.
+    `folder`: a path, or a `RunFolder` with the settings to write. `resume`: continue from the newest checkpoint in the
+    folder and load its weights, unless `holds` is its path (the model has them already). `initial`: folder or Hub name
+    of the initial policy, for a loss with a KL term; default: the run saves a copy of the model.
     """
 
     def __init__(
@@ -138,25 +138,25 @@ class Trainer:
         holds: Path | None = None,
         initial: str | None = None,
     ) -> None:
-        # Only here, so that a configuration can name the settings above without torch.
+        # Imported here, so that a configuration can use the settings above without torch.
         from treepo.learner.update import Learner
         from treepo.models import causal_lm
 
         self.actor, self.processes = actor, actor.processes
         self.settings = settings or TrainerSettings()
         self.evaluation = evaluation or EvaluateSettings()
-        own = sampler is not None and not isinstance(sampler, SamplerSettings)
-        # What evaluation takes from a sampler of another kind: the budget and the stopping rule.
-        shape = getattr(sampler, "settings", None) if own else sampler
+        custom = sampler is not None and not isinstance(sampler, SamplerSettings)
+        # Evaluation uses the response budget and the stopping rule of a custom sampler, if it has settings.
+        shape = getattr(sampler, "settings", None) if custom else sampler
         self.shape = shape if isinstance(shape, SamplerSettings) else SamplerSettings()
-        self.sampler: TreeSampler = sampler if own else actor.sampler(self.shape)  # type: ignore[assignment]
+        self.sampler: TreeSampler = sampler if custom else actor.sampler(self.shape)  # type: ignore[assignment]
         self.seed, self.state, self.stopping = seed, State(), False
         advantage, loss = advantage or TreePO(), loss or PolicyLoss()
         for name, parameter in actor.model.named_parameters():
             if parameter.requires_grad and parameter.dtype.itemsize < 4:
                 raise ConfigError(f"model: {name}: {NOT_FLOAT32.format(parameter.dtype)}")
         if self.settings.ahead and self.processes.count > 1:
-            raise ConfigError("trainer.ahead is for one process: sampling and updates of several would cross")
+            raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
         self.observer = observer if observer and self.processes.main else Observer()
         if not isinstance(folder, RunFolder):
             folder = RunFolder(folder, self._described(advantage, loss), resume=resume)
@@ -165,7 +165,7 @@ class Trainer:
         try:
             self.problems = self._checked_problems()
             found = self.folder.latest_checkpoint()
-            self.processes.wait()  # until everyone has looked, and before anyone writes
+            self.processes.wait()  # no process may write before all have looked for a checkpoint
             if found and found != holds:
                 causal_lm.load_weights(actor.model, found)
             self.processes.copy_from_main(actor.model.parameters())
@@ -189,14 +189,16 @@ class Trainer:
             actor.load_weights(self.state.step)
             if self.processes.main:
                 self.folder.claim()
-                self.folder.forget_after(self.state.step or None)  # at step 0 all is still to be reported
+                self.folder.forget_after(self.state.step or None)  # a run at step 0 has nothing to keep
             self._trackers = Trackers(self.settings.trackers, self.folder, cpu=actor.model.device.type == "cpu")
-            self._ahead: Future[Collected] | None = None  # what the next step will train on, under way
+            self._ahead: Future[Collected] | None = None  # the next step's trees, while they are sampled
             self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if self.settings.ahead else None
-            self._exit.callback(actor.loop.interrupt)  # before the thread above is awaited
+            self._exit.callback(
+                actor.loop.interrupt
+            )  # runs before the exit of the thread above, which waits for its work
             self._writer = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-            self._writing: Future[None] | None = None  # of a step's trees to the disk
-        except BaseException:  # not handled, only tidied up after
+            self._writing: Future[None] | None = None  # a step's trees, while they are written to the disk
+        except BaseException:  # clean up, then raise it again
             self._exit.close()
             raise
 
@@ -211,11 +213,11 @@ class Trainer:
     # The loop --------------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train to `steps`; after `stop()`, end with a checkpoint once the step under way is finished."""
+        """Train until `steps`. After `stop()`, finish the current step, save a checkpoint and return."""
         settings = self.settings
         if self.state.step == 0:
             if self.folder.latest_checkpoint() is None:
-                self._save()  # a new model's warm-up need not be repeated after a crash
+                self._save()  # so that a new model's warm-up is not repeated after a crash
             if settings.eval_every:
                 self._evaluate()
         while self.state.step < settings.steps and not self.processes.any(self.stopping):
@@ -229,20 +231,20 @@ class Trainer:
                 self._evaluate()
             if self.state.step % settings.save_every == 0:
                 self._save()
-        self._ahead = None  # of a run that was stopped: resumed, it samples anew
+        self._ahead = None  # if the run was stopped: the resumed run samples these trees again
         if self.state.step % settings.save_every:
             self._save()
         self._finish_writing()
         self._trackers.finish()
 
     def stop(self) -> None:
-        """Ask `run` to end after the current step."""
+        """Make `run` return after the current step."""
         self.stopping = True
 
     def _step(self, step: int) -> Metrics:
         start = time.perf_counter()
         collected = self._ahead.result() if self._ahead else self._collect(step, self.state.position)
-        # While this step's update is computed, the engine goes on with the weights that it has.
+        # During this step's update, the engine samples with its present weights.
         self._ahead = None
         if self._sampling and step < self.settings.steps and not self.stopping:
             self._ahead = self._sampling.submit(self._collect, step + 1, collected.position)
@@ -257,13 +259,13 @@ class Trainer:
             learned = self.learner(step, [overlong(tree, self.settings, budget) for tree in collected.used])
         except DivergenceError as error:
             raise DivergenceError(
-                f"step {step}: {error}: start another run with a lower trainer.lr, from a checkpoint (--model "
+                f"step {step}: {error}: start another run with a lower trainer.lr from a checkpoint (--model "
                 f"{self.folder.latest_checkpoint()})"
             ) from error
         if self.learner.plan and not planned:
             self.observer.planned(self.learner.plan)
         if self._ahead:
-            wait([self._ahead])  # weights change between batches only
+            wait([self._ahead])  # the weights must not change while a batch is sampled
         self.actor.load_weights(step)
         end = time.perf_counter()
         metrics = describe(step, collected.sampled, collected.used) | learned
@@ -280,7 +282,7 @@ class Trainer:
     # Sampling --------------------------------------------------------------------------------------------------------
 
     def _collect(self, step: int, position: int) -> Collected:
-        """The trees of a step, whose problems begin at `position` of their stream."""
+        """Sample the trees of a step. Its first problem is at `position` in the stream of problems."""
         settings, dynamic = self.settings, self.settings.dynamic_sampling
         wanted = settings.prompts_per_step
         sampled: list[ScoredTree] = []
@@ -304,12 +306,12 @@ class Trainer:
             useful += [tree for tree in found.trees if tree.has_spread] if dynamic else found.trees
             if len(useful) >= wanted:
                 break
-        if len(useful) > wanted:  # at random, so that quick problems are not preferred
+        if len(useful) > wanted:  # a random choice prefers no problem
             useful = generator(self.seed, "keep", step).sample(useful, wanted)
         return Collected(sampled, useful, position, sample_s, score_s)
 
     def _checked_problems(self) -> Sequence[Problem]:
-        """The training problems. Those that were read, and not generated on demand, must all fit the context."""
+        """The training problems. Raises `TaskError` for a long prompt; problems made on demand are not checked."""
         problems = self.actor.task.problems("train")
         tested = self.actor.task.problems("test")[: self.evaluation.problems] if self.settings.eval_every else ()
         if isinstance(problems, list | tuple):
@@ -318,7 +320,7 @@ class Trainer:
         return problems
 
     def _problems_from(self, position: int, count: int) -> Iterator[tuple[int, Problem]]:
-        """`count` problems of the endless stream of shuffled epochs, with their positions."""
+        """`count` problems, with their positions, from the stream of problems: one shuffled epoch after the other."""
         n = len(self.problems)
         for p in range(position, position + count):
             yield p, self.problems[_epoch(self.seed, p // n, n)[p % n]]
@@ -349,7 +351,7 @@ class Trainer:
         self._trackers.log(metrics)
 
     def _save(self) -> None:
-        self._finish_writing()  # a run resumed from here does not write these trees again
+        self._finish_writing()  # a run that resumes here does not write these trees again
         if self.processes.main:
             path = checkpoint.save(
                 self.folder.checkpoints,
@@ -362,13 +364,13 @@ class Trainer:
             self.observer.saved(path)
 
     def _finish_writing(self) -> None:
-        """Wait for the trees that are being written; raises what went wrong."""
+        """Wait until the trees are written. Raises the error of the writing thread."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def _described(self, advantage: Advantage, loss: Loss) -> dict[str, Any]:
-        """The run's settings, for the folder of a run that no configuration describes."""
+        """The run's settings for its folder, if the run was not made from a configuration."""
         objects = {
             "task": self.actor.task,
             "engine": self.actor.engine,
@@ -389,7 +391,7 @@ class Trainer:
 def overlong(tree: ScoredTree, settings: TrainerSettings, budget: int) -> ScoredTree:
     """`tree` with the overlong penalty in its rewards (DAPO's soft punishment, arXiv 2503.14476, eq. 13).
 
-    `budget` is the most tokens of a response.
+    `budget`: the most tokens of a response.
     """
     window = settings.overlong_tokens
     if not window:
@@ -404,5 +406,5 @@ def overlong(tree: ScoredTree, settings: TrainerSettings, budget: int) -> Scored
 
 @lru_cache(2)
 def _epoch(seed: int, epoch: int, problems: int) -> list[int]:
-    """The order of the problems in an epoch; kept, because shuffling many takes longer than some steps."""
+    """The order of the problems in an epoch. Cached, because shuffling many problems can take longer than a step."""
     return generator(seed, "epoch", epoch).sample(range(problems), problems)

@@ -1,4 +1,4 @@
-"""The tasks that a configuration can name: ours, or a class of the user's."""
+"""The tasks that a configuration can name: those of treepo, or a class of the user."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class CustomTask(Custom):
-    """A class of yours with the methods of `Task`: `problems(split)`, `encode(tokenizer, problem)`, `reward(...)`.
+    """Your class. It needs the methods `problems`, `encode` and `reward` of `Task`.
 
-    Optional are `final_answer(response)` (default: no answer, so that majority votes count nothing) and the attribute
-    `isolated` (default: true, so that `reward` runs in bounded worker processes).
+    Optional: `final_answer(response)` (default: no answer, so maj@k is 0), and the attribute `isolated` (default: true,
+    so `reward` runs in worker processes with limits).
     """
 
     calls: ClassVar[dict[str, Any]] = {"problems": Task.problems, "encode": Task.encode, "reward": Task.reward}
@@ -38,7 +38,7 @@ class CustomTask(Custom):
         return list(self.made.encode(tokenizer, problem))
 
     def reward(self, problem: Problem, response: str) -> float:
-        value: float = self.made.reward(problem, response)  # whoever asked says what is wrong with it
+        value: float = self.made.reward(problem, response)  # the caller checks it
         return value
 
     def final_answer(self, response: str) -> str | None:
@@ -58,6 +58,6 @@ AnyTask = Annotated[
 
 
 def teacher_of(task: Task) -> Teacher | None:
-    """The teacher that a task is too, if it is one: it can bring up a new model."""
+    """`task` as a `Teacher`, or None if it is not one."""
     task = task.made if isinstance(task, CustomTask) else task
     return task if isinstance(task, Teacher) else None

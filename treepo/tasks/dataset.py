@@ -1,7 +1,7 @@
-"""Prompts and answers from a file (JSONL, JSON, Parquet) or from a data set of the Hugging Face Hub.
+"""Prompts and answers from a file (JSONL, JSON, Parquet) or from a data set on the Hugging Face Hub.
 
-Every row is checked when the data is read, so that a bad one is reported with its file and line before anything is
-computed. JSON is read here rather than through `datasets`, which knows no line numbers and bends types.
+All rows are checked when the data is read. The error for a bad row has its file and line, and comes before the training
+starts. This module reads JSON without `datasets`, which gives no line numbers and converts types.
 """
 
 from __future__ import annotations
@@ -25,61 +25,66 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-Row = tuple[int, str, dict[str, Any]]  # its number (the line, in JSONL), where it stands, its columns
+Row = tuple[int, str, dict[str, Any]]  # number (in JSONL: the line), place for messages, columns
 
 
 class DatasetTask(Settings):
-    """Prompts with known answers, judged by comparing boxed answers or by a function of the user."""
+    """Prompts with known answers. The reward compares boxed answers, or is a function of the user."""
 
     kind: Literal["dataset"] = "dataset"
-    path: str = Field(description="A .jsonl, .json or .parquet file, or the name of a data set on the Hub.")
-    name: str | None = Field(None, description="Configuration of a Hub data set, e.g. 'main'.")
+    path: str = Field(
+        description="A .jsonl, .json or .parquet file, or the name of a data set on the Hugging Face Hub."
+    )
+    name: str | None = Field(None, description="Configuration of a Hub data set, e.g. 'main'; default: its only one.")
     split: str = Field("train", description="Split of a Hub data set to train on.")
     test_split: str | None = Field(None, description="Split of the same Hub data set to evaluate on.")
-    test_path: str | None = Field(None, description="A file to evaluate on (as `path`); goes before test_split.")
+    test_path: str | None = Field(
+        None, description="A file or Hub data set to evaluate on. With it, test_split is a split of this data set."
+    )
     test_fraction: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Share of the prompts held out for evaluation, chosen by a hash of their text; used only where "
-        "neither test_path nor test_split is given.",
+        description="Share of the prompts held out for evaluation, chosen by a hash of their text. Not used with "
+        "test_path or test_split.",
     )
-    prompt_column: str = Field("question", description="Column with the prompt's text.")
-    answer_column: str = Field("answer", description="Column with the right answer, a text or a number.")
+    prompt_column: str = Field("question", description="Column with the text of the prompt.")
+    answer_column: str = Field("answer", description="Column with the right answer (a text or a number).")
     columns: tuple[str, ...] = Field(
-        (), description="More columns that a reward function of yours gets, as keyword arguments of these names."
+        (), description="Further columns that your reward function gets as keyword arguments."
     )
     answer_after: str | None = Field(
-        None, min_length=1, description="Keep only what follows the last such mark in an answer; GSM8K: '####'."
+        None, min_length=1, description="If set, the right answer is the text after the last such mark. GSM8K: '####'."
     )
     limit: int | None = Field(None, ge=1, description="Use at most this many problems of each split.")
-    system: str | None = Field(None, description="System prompt; without a chat template it goes before the prompt.")
+    system: str | None = Field(None, description="System prompt. Without a chat template, it is put before the prompt.")
     instruction: str = Field(
-        r"Put the final answer in \boxed{}.", description="Follows every prompt on a line of its own; '' for none."
+        r"Put the final answer in \boxed{}.", description="Text added on a new line after every prompt; '': none."
     )
     chat: Literal["auto", "always", "never"] = Field(
-        "auto", description="Whether the tokenizer's chat template is applied; auto: where it has one."
+        "auto", description="Whether to apply the tokenizer's chat template; auto: if it has one."
     )
     # The attribute cannot be called `reward`: that is the method.
     reward_function: str = Field(
         "math",
         alias="reward",
         pattern=r"^(math|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$",
-        description="math: 1 if the last boxed answer equals the right one, else 0. Or my_module:my_function, called "
-        "as my_function(prompt=..., response=..., answer=...), which returns a number; `columns` adds arguments.",
+        description="math: 1 if the last boxed answer equals the right one, else 0. Or your function as "
+        "my_module:my_function, called as my_function(prompt=..., response=..., answer=...); it returns a number. "
+        "`columns` adds arguments.",
     )
 
     @model_validator(mode="after")
     def _columns_are_free(self) -> Self:
         if taken := {"prompt", "response", "answer"} & set(self.columns):
-            raise ValueError(f"columns: {taken.pop()!r} is an argument of every reward function already")
+            raise ValueError(f"columns: {taken.pop()!r} is already an argument of every reward function")
         if self.columns and self.reward_function == "math":
-            raise ValueError("columns are for a reward function of yours: set reward to my_module:my_function")
+            raise ValueError("columns are arguments of your reward function: set reward to my_module:my_function")
         return self
 
     @property
     def isolated(self) -> bool:
-        return True  # sympy may never end, and a function of the user may do anything
+        return True  # sympy may hang, and a function of the user may do anything
 
     def problems(self, split: Split) -> Sequence[Problem]:
         train, test = _splits(self)
@@ -102,7 +107,9 @@ class DatasetTask(Settings):
         try:
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         except TemplateError as error:
-            raise ConfigError(f"task.chat: the tokenizer's chat template refuses the prompt: {error}") from error
+            raise ConfigError(
+                f"task.chat: the tokenizer's chat template does not accept the prompt: {error}"
+            ) from error
         return list(ids)
 
     def reward(self, problem: Problem, response: str) -> float:
@@ -110,12 +117,12 @@ class DatasetTask(Settings):
             given = boxed(response)
             return float(given is not None and equivalent(problem.answer, given))
         function = _function(self.reward_function)
-        # Not converted here: whoever asked for the reward says what is wrong with a value that is no number.
+        # The caller checks that the value is a number.
         value: float = function(prompt=problem.prompt, response=response, answer=problem.answer, **problem.columns)
         return value
 
     def prepare(self) -> None:
-        """Load what `reward` needs, so that the first response does not wait for it; `TaskError` if that fails."""
+        """Load what `reward` needs, so that the first response does not wait for it. Raises `TaskError` on failure."""
         if self.reward_function != "math":
             _function(self.reward_function)
             return
@@ -128,7 +135,7 @@ class DatasetTask(Settings):
 
 @lru_cache(4)
 def _splits(task: DatasetTask) -> tuple[Sequence[Problem], Sequence[Problem]]:
-    """Train and test problems; read once per task."""
+    """Train and test problems. They are read once per task."""
     train = _read(task, task.path, task.split)
     if task.test_path is not None:
         test = _read(task, task.test_path, task.test_split or "test")
@@ -138,16 +145,17 @@ def _splits(task: DatasetTask) -> tuple[Sequence[Problem], Sequence[Problem]]:
         train, test = _held_out(train, task.test_fraction)
         if not train:
             raise TaskError(
-                f"{task.path}: too few different prompts to hold out test_fraction of them: set task.test_path, or "
+                f"{task.path}: too few different prompts to hold some out for evaluation: set task.test_path, or "
                 "task.test_fraction=0 and trainer.eval_every=0"
             )
     return tuple(train[: task.limit]), tuple(test[: task.limit])
 
 
 def _held_out(problems: list[Problem], fraction: float) -> tuple[list[Problem], list[Problem]]:
-    """Hold out the given share, rounded up: the prompts with the smallest hashes, so equal prompts stay together.
+    """Train and held-out problems. The share `fraction`, rounded up, with the smallest hashes of prompts is held out.
 
-    Which prompt is held out depends on no order, and hardly changes when rows are added.
+    So equal prompts are in the same split. The split does not depend on the order of rows, and changes little when rows
+    are added.
     """
     count = -int(-fraction * len(problems) // 1)
     ranks = [derive("held out", problem.prompt) for problem in problems]
@@ -157,7 +165,7 @@ def _held_out(problems: list[Problem], fraction: float) -> tuple[list[Problem], 
 
 
 def _read(task: DatasetTask, source: str, split: str) -> list[Problem]:
-    """The problems of a file, or of a split of a Hub data set; an id is the name of the file or split, and the row."""
+    """The problems of a file, or of a split of a Hub data set. A problem's id is `file or split:row`."""
     columns = (task.prompt_column, task.answer_column, *task.columns)
     path = Path(source).expanduser()
     if path.suffix.lower() in SUFFIXES:
@@ -199,14 +207,14 @@ def _text(where: str, row: dict[str, Any], column: str) -> str:
 
 
 def _value(where: str, row: dict[str, Any], column: str) -> Any:
-    """The value in a column that a reward function gets; it must survive JSON, in which workers are asked."""
+    """The value in a column for the reward function. Workers get it as JSON, so it must be a JSON value."""
     if column not in row:
         raise TaskError(f"{where}: {_no_column(column, row)}")
     value = row[column]
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise TaskError(f"{where}: {column!r} cannot be handed to a reward function: {error}") from error
+        raise TaskError(f"{where}: {column!r} cannot be sent to a reward function: {error}") from error
     return value
 
 
@@ -226,7 +234,7 @@ def _json(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:  # noqa: ARG00
     rows = _parsed(str(path), path.read_bytes())
     if not isinstance(rows, list):
         raise TaskError(
-            f"{path}: expected a list of objects, found a {type(rows).__name__}; is it JSONL? name it .jsonl"
+            f"{path}: expected a list of objects, found a {type(rows).__name__}; if it is JSONL, name it .jsonl"
         )
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
@@ -242,7 +250,7 @@ def _parsed(where: str, text: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise TaskError(f"{where}: not UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
-        raise TaskError(f"{where}: not JSON that can be read: nested too deep") from error
+        raise TaskError(f"{where}: cannot be read as JSON: nested too deep") from error
 
 
 def _object(where: str, value: Any) -> dict[str, Any]:
@@ -264,11 +272,11 @@ def _parquet(path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
                     number += 1
                     yield number, f"{path}: row {number}", row
     except (ArrowException, OSError) as error:
-        raise TaskError(f"{path}: not a Parquet file that can be read: {_line(error)}") from error
+        raise TaskError(f"{path}: cannot be read as Parquet: {_line(error)}") from error
 
 
 def _hub(source: str, name: str | None, split: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """Rows of a data set on the Hub (or of a folder that `datasets` can load)."""
+    """Rows of a data set on the Hub, or of a folder that `datasets` can load."""
     import datasets
 
     try:

@@ -1,4 +1,4 @@
-"""What generated tasks share: one token per character, problems made when asked for, a keyed order of them."""
+"""For generated tasks: a tokenizer of characters, problems that are made on demand, and a keyed permutation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EOS, PAD = "<eos>", "<pad>"
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
-    """One token per character: ids 0 and 1 are PAD and EOS, then `characters` in order. Refuses other text."""
+    """One token per character: ids 0 and 1 are PAD and EOS, then `characters` in order. Other text raises an error."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +32,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Generated(Sequence[Problem]):
-    """`size` problems, each made by `make(index)`, 0 <= index < count, when it is asked for."""
+    """`size` problems. Problem `index`, 0 <= index < size, is made by `make(index)` when it is read."""
 
     size: int
     make: Callable[[int], Problem]
@@ -54,9 +54,9 @@ class Generated(Sequence[Problem]):
 
 
 def permuted(index: int, size: int, seed: int, name: str) -> int:
-    """Where a permutation of range(size), keyed by `seed` and `name`, sends `index`.
+    """The image of `index` under a permutation of range(size) that is keyed by `seed` and `name`.
 
-    A Feistel network permutes the numbers of 2 * half bits; those that land outside are sent on until one lands inside.
+    A Feistel network permutes the numbers of 2 * half bits. It is applied again until the result is below `size`.
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RewardFunction = Callable[[Problem, str], float]
-"""What a response (without special tokens) to a problem is worth."""
+"""The reward of a response (a text without special tokens) to a problem."""
 
 
 class ListedTask:
-    """`problems` to train on and `reward`, any Python function of (problem, response).
+    """A task of `problems` to train on and a Python function `reward(problem, response)`.
 
-    `test`: held-out problems. `encode`: prompt token ids of a problem; default: the tokenizer's chat template if it has
-    one, else the plain prompt. `final_answer`: the answer that a response ends with, for majority votes. The reward
-    runs in this process: an exception costs its leaf, but nothing stops a function that hangs.
+    `test`: held-out problems. `encode(tokenizer, problem)`: token ids of the prompt; default: the tokenizer's chat
+    template if it has one, else the plain prompt. `final_answer(response)`: the final answer, for majority votes.
+    `reward` runs in this process: a leaf whose reward raises has no reward, but nothing stops a function that hangs.
     """
 
     isolated = False
@@ -41,7 +41,7 @@ class ListedTask:
         return self._problems[split]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> list[int]:
-        """Prompt token ids."""
+        """Token ids of the prompt."""
         if self._encode is not None:
             return self._encode(tokenizer, problem)
         if not tokenizer.chat_template:
@@ -52,9 +52,9 @@ class ListedTask:
         )
 
     def reward(self, problem: Problem, response: str) -> float:
-        """What `response` is worth."""
+        """The reward of `response`."""
         return self._reward(problem, response)
 
     def final_answer(self, response: str) -> str | None:
-        """The answer that a response ends with."""
+        """The final answer in a response."""
         return self._final_answer(response) if self._final_answer is not None else None

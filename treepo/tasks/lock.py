@@ -1,16 +1,17 @@
-"""A generated task in which mistakes cost moves, not the answer: turn all dials of a lock to zero.
+"""A generated task: turn all dials of a lock to zero. A mistake costs moves, but can be corrected.
 
     prompt    3085?
     response  a-2985;a-1885;a-0785;b+0095;c-0004;c+0013;c-0004;d-0007;d-0000;
 
-A move turns one dial (a, b, ...) by its gear, up or down around the lock's positions, and drags the next one along by
-one in the same direction; then comes the state of the lock, so that a line follows from the line before alone. A
-response is right if its moves open the lock and are not too many. So a wrong move (c+ above) can be made good by
-another, as long as moves are left. The states are the model's own notes: only moves are judged, but whoever notes a
-wrong state loses the way.
+A move turns one dial (a, b, ...) up or down by its gear, modulo the number of positions. It also drags the next dial
+by one position in the same direction. After each move the response has the new state of the lock, so the next move
+depends only on the last line. A response is right if its moves open the lock and are not too many. So another move can
+correct a wrong one (c+ above), as long as moves are left. The reward ignores the states; they are notes of the model.
+But a model that notes a wrong state will choose wrong moves.
 
-The teacher turns the right dial, but has habits: at some places it mostly turns it the wrong way. A model learns them
-with the rest, so that what is right is often not what it does most, and differs from place to place.
+The teacher always turns the right dial, but it has habits: at some positions it usually turns the dial the wrong way.
+The model learns these habits too. So its most frequent move is often wrong, and which move is right depends on the
+dial and its position.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ Move = tuple[int, int]  # dial, +1 or -1
 
 
 class LockTask(Settings):
-    """Locks to open, with a tokenizer and a teacher of bad habits of their own (a `Task` and a `Teacher`).
+    """Locks to open, with a tokenizer and a teacher that has bad habits (a `Task` and a `Teacher`).
 
-    All locks of the wanted distance are numbered by a permutation that `seed` keys: the first `test_problems` are the
-    test split, the next `train_problems` the train split. So no problem occurs twice, within a split or across.
+    A permutation, keyed by `seed`, numbers all locks that need `shortest_min` to `shortest_max` moves: the first
+    `test_problems` are the test split, the next `train_problems` the train split. So no problem occurs twice.
     """
 
     kind: Literal["lock"] = "lock"
@@ -53,22 +54,22 @@ class LockTask(Settings):
         3,
         ge=1,
         le=9,
-        description="A move turns the first dial by 1, each further one by `gear` times as much as the one before it, "
-        "around the positions; 1: all alike, so that what is right at one dial is right at all.",
+        description="A move turns the first dial by 1 position, and each further dial by `gear` times as many "
+        "positions as the dial before (modulo positions). 1: all dials turn alike, which is easier.",
     )
-    drag: int = Field(1, ge=0, le=9, description="Positions by which a dial drags the next one; 0: not at all.")
-    shortest_min: int = Field(6, ge=1, description="Fewest moves that a lock needs.")
-    shortest_max: int = Field(8, ge=1, description="Most moves that a lock needs.")
-    moves: int = Field(16, ge=1, description="Most moves of a right response.")
-    train_problems: int = Field(2_000, ge=1, description="Problems to train on; generated when asked for.")
+    drag: int = Field(1, ge=0, le=9, description="Positions by which a turn also moves the next dial; 0: not at all.")
+    shortest_min: int = Field(6, ge=1, description="The easiest locks can be opened in this many moves.")
+    shortest_max: int = Field(8, ge=1, description="The hardest locks need this many moves.")
+    moves: int = Field(16, ge=1, description="A response with more moves is wrong.")
+    train_problems: int = Field(2_000, ge=1, description="Problems to train on.")
     test_problems: int = Field(256, ge=1, description="Problems held out for evaluation.")
-    seed: int = Field(0, description="Which locks go to which split, and their order.")
+    seed: int = Field(0, description="Seed for the order of the locks and their splits.")
     habit: float = Field(
         0.7,
         ge=0,
         le=1,
-        description="The teacher's worst habit: for each dial and position, the chance of turning it the wrong way "
-        "is drawn once, uniformly from 0 to this.",
+        description="How often the teacher turns a dial the wrong way: for each dial and position, the probability is "
+        "drawn once, uniformly from 0 to this value.",
     )
 
     @model_validator(mode="after")
@@ -123,7 +124,7 @@ class LockTask(Settings):
         return float(not any(lock))
 
     def final_answer(self, response: str) -> str | None:
-        """The moves without the notes: `a-a-b+`."""
+        """The moves without the states, e.g. `a-a-b+`."""
         made = self._moves(response)
         return None if made is None else _spell(made)
 
@@ -131,9 +132,9 @@ class LockTask(Settings):
         return character_tokenizer(CHARACTERS)
 
     def lesson(self, seed: int, index: int) -> tuple[Problem, str]:
-        """A random train problem and the teacher's response, which opens the lock, but maybe in too many moves.
+        """A random train problem and the teacher's response. It opens the lock, but perhaps in too many moves.
 
-        Its states are always right. A slip is a turn the wrong way; after `moves` moves the teacher slips no more.
+        Its states are always right. A slip is a turn the wrong way. After `moves` moves the teacher makes no slips.
         """
         random = generator(seed, "lesson", index)
         problem = self.problems("train")[random.randrange(self.train_problems)]
@@ -148,7 +149,7 @@ class LockTask(Settings):
         return problem, "".join(written)
 
     def chance_of_slip(self, dial: int, position: int) -> float:
-        """How often the teacher turns a dial at a position the wrong way."""
+        """The probability that the teacher turns the dial the wrong way at this position."""
         return self.habit * _draw(self.seed, dial, position)
 
     def turn(self, lock: Lock, move: Move) -> Lock:
@@ -158,17 +159,17 @@ class LockTask(Settings):
         return tuple((position + turns.get(i, 0)) % self.positions for i, position in enumerate(lock))
 
     def good_move(self, lock: Lock) -> Move:
-        """The first move of a shortest way to open a lock that is not open.
+        """The first move of a shortest solution of a lock that is not open.
 
-        Only its own moves and those of the dials before it turn a dial. So each dial has a number of turns that it
-        needs whatever their order, and turning the first wrong dial the shorter way round is part of a shortest way.
+        Only moves of a dial and of the dial before it turn that dial. So each dial needs a fixed number of turns, in
+        any order. Turning the first dial that is not at 0 in the shorter direction is part of a shortest solution.
         """
         dial = next(i for i, position in enumerate(lock) if position)
         turns = lock[dial] * pow(self.gears[dial], -1, self.positions) % self.positions
         return dial, -1 if 2 * turns <= self.positions else 1
 
     def _moves(self, response: str) -> list[Move] | None:
-        """The moves of a response; None if it is not of the form."""
+        """The moves of a response; None if it does not have the right form."""
         letters = DIALS[: self.dials]
         line = rf"[{letters}][+-][0-9]{{{self.dials}}};"
         if not re.fullmatch(f"({line})+", response):
@@ -200,8 +201,8 @@ def _draw(seed: int, dial: int, position: int) -> float:
 
 @lru_cache(8)
 def _locks(gears: tuple[int, ...], positions: int, drag: int, fewest: int, most: int) -> Sequence[Lock]:
-    """Locks that need `fewest` to `most` moves, found from the turns that each dial needs."""
-    ways = range(-(positions // 2), (positions + 1) // 2)  # one for each position that a dial may stand at
+    """Locks that need `fewest` to `most` moves, computed from the turns that each dial needs."""
+    ways = range(-(positions // 2), (positions + 1) // 2)  # one for each position of a dial
     found = []
     for turns in product(ways, repeat=len(gears)):
         if fewest <= sum(map(abs, turns)) <= most:

@@ -3,9 +3,9 @@ r"""A small generated task that needs no download: run a five-step program modul
     prompt    x=6;x-=2;,x-=5;,x*=3;,x+=4;,x-=4;,?
     response  6-2=4;4-5=9;9*3=7;7+4=1;1-4=7;\boxed{7}
 
-Each step takes six characters in the prompt and six in the response, so that a step of the response finds its
-operator and operand at a constant distance: a two-layer model learns that in seconds. A faulty teacher (the slips)
-brings the model to where reinforcement learning starts: usually wrong, but right now and then, step by step.
+Each step takes six characters in the prompt and six in the response. So a step of the response has its operator and
+operand at a constant distance, which a two-layer model learns in seconds. The model first learns from a teacher that
+makes mistakes (slips). It is then usually wrong and sometimes right: a good start for reinforcement learning.
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OPERATORS = "+-*"
-CHARACTERS = "0123456789+-*=x;,?\\boed{}"  # each is one token; `\boxed` shares the x
+CHARACTERS = "0123456789+-*=x;,?\\boed{}"  # each is one token; the x in `\boxed` is the same token
 MODULUS = 10
 
 Program = tuple[int, tuple[tuple[str, int], ...]]  # the start and its (operator, operand) steps
 
 
 class ProgramTask(Settings):
-    """Programs over one digit, with a tokenizer and a faulty teacher of their own (a `Task` and a `Teacher`).
+    """Programs over one digit, with a tokenizer and a teacher that makes mistakes (a `Task` and a `Teacher`).
 
-    All programs are numbered by a permutation that `seed` keys: the first `test_problems` are the test split, the
-    next `train_problems` the train split. So no problem occurs twice, within a split or across.
+    A permutation, keyed by `seed`, numbers all programs: the first `test_problems` are the test split, the next
+    `train_problems` the train split. So no problem occurs twice.
     """
 
     kind: Literal["program"] = "program"
     operations: int = Field(5, ge=1, le=12, description="Steps of a program.")
     operand_min: int = Field(2, ge=0, le=9, description="Smallest operand.")
     operand_max: int = Field(5, ge=0, le=9, description="Largest operand.")
-    train_problems: int = Field(100_000, ge=1, description="Problems to train on; generated when asked for.")
+    train_problems: int = Field(100_000, ge=1, description="Problems to train on.")
     test_problems: int = Field(256, ge=1, description="Problems held out for evaluation.")
-    seed: int = Field(0, description="Which programs go to which split, and their order.")
-    slip_plus: float = Field(0.10, ge=0, le=1, description="How often the teacher is one too high in a + b.")
-    slip_minus: float = Field(0.55, ge=0, le=1, description="How often the teacher computes b - a for a - b.")
-    slip_times: float = Field(0.35, ge=0, le=1, description="How often the teacher computes a + b for a * b.")
+    seed: int = Field(0, description="Seed for the order of the programs and their splits.")
+    slip_plus: float = Field(
+        0.10, ge=0, le=1, description="How often the teacher computes a + b + 1 for a + b, 0 to 1."
+    )
+    slip_minus: float = Field(0.55, ge=0, le=1, description="How often the teacher computes b - a for a - b, 0 to 1.")
+    slip_times: float = Field(0.35, ge=0, le=1, description="How often the teacher computes a + b for a * b, 0 to 1.")
 
     careful_lessons: int = Field(
         11_000,
         ge=0,
-        description="The teacher makes no slips in so many lessons at the start of a stream: a model learns to compute "
-        "in a fraction of the time that it needs if it must see through the slips, and picks these up afterwards.",
+        description="Number of lessons without slips at the start of the warm-up. A model learns to compute much "
+        "faster without slips, and learns the slips afterwards.",
     )
 
     @model_validator(mode="after")
@@ -99,7 +101,7 @@ class ProgramTask(Settings):
         return character_tokenizer(CHARACTERS)
 
     def lesson(self, seed: int, index: int) -> tuple[Problem, str]:
-        """A random train problem and the teacher's response: its form is always right, its steps may have slipped."""
+        """A random train problem and the teacher's response. Its form is always right, but its steps may be wrong."""
         random = generator(seed, "lesson", index)
         rank = random.randrange(self.train_problems)
         value, steps = self._program("train", rank)
@@ -118,7 +120,7 @@ class ProgramTask(Settings):
         return wrong % MODULUS if random.random() < chance else apply(operator, a, b)
 
     def _program(self, split: Split, index: int) -> Program:
-        """The index-th program of a split, 0 <= index < its number of problems."""
+        """Program number `index` of a split, 0 <= index < problems of the split."""
         offset = 0 if split == "test" else self.test_problems
         code, start = divmod(permuted(offset + index, self.programs, self.seed, "program"), MODULUS)
         steps = []

@@ -1,8 +1,8 @@
-"""What responses are worth, within bounds: a reward that raises, hangs or crashes costs its leaf, not the run.
+"""Rewards of responses. If a reward raises, hangs or crashes, its leaf has no reward, and the run continues.
 
-A task whose reward is plain code of ours (`isolated` False) is asked in this process. Any other is asked in worker
-processes (`treepo.tasks.worker`) that speak JSON lines: one leaf at a time each, killed with all their children when
-the time is up, and started anew when they are lost. A thread waits for each of them, so that an event loop goes on.
+If `task.isolated` is false, rewards are computed in this process. Otherwise worker processes (`treepo.tasks.worker`)
+compute them. A worker gets one leaf at a time, as a line of JSON. After the time limit, it is killed with all its
+children, and a new one is started. A thread waits for each worker, so the event loop is not blocked.
 """
 
 from __future__ import annotations
@@ -30,32 +30,34 @@ from treepo.errors import TaskError
 from treepo.settings import Settings
 from treepo.tasks import Problem, Task
 
-START_S = 120.0  # a worker imports sympy or the user's module; far more than that takes on a loaded machine
-# Modules are found where this process finds them, and no file in the current directory hides one.
+START_S = 120.0  # for the import of sympy or of the user's module; far more than that needs on a busy machine
+# The worker gets the import path of this process, so a file in the current directory cannot hide a module.
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from treepo.tasks.worker import main; main()"
 LONGEST_REASON = 300  # characters
 
 
 class ScoringSettings(Settings):
-    """Bounds of a reward that may hang or crash; tasks that are known to be harmless do not need them."""
+    """Limits for rewards that may hang or crash. The tasks `program` and `lock` do not need them."""
 
-    timeout_s: float = Field(5.0, gt=0, description="Longest time for one response; after that its reward is unknown.")
-    workers: int = Field(2, ge=1, description="Processes that compute rewards side by side.")
+    timeout_s: float = Field(
+        5.0, gt=0, description="Most seconds for the reward of one response; after that, it is unknown."
+    )
+    workers: int = Field(2, ge=1, description="Processes that compute rewards in parallel.")
     memory_gib: float | None = Field(
-        4.0, gt=0, description="Largest address space of a worker (RLIMIT_AS); null for no limit."
+        4.0, gt=0, description="Most GiB of address space of a worker (RLIMIT_AS); null: no limit."
     )
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The reward of a leaf, or why it is not known."""
+    """The reward of a leaf, or the reason why it is not known."""
 
     reward: float | None
-    reason: str = ""  # in one line; "" where the reward is known
+    reason: str = ""  # one line; "" if the reward is known
 
 
 def judge(task: Task, problem: Problem, response: str) -> Score:
-    """Ask the task, here and now. Only `MemoryError` passes: whoever bounds the memory knows what it means."""
+    """Compute the reward in this process. Raises only `MemoryError`, for the code that limits the memory."""
     try:
         value: object = task.reward(problem, response)
         if not isinstance(value, SupportsFloat):
@@ -63,7 +65,7 @@ def judge(task: Task, problem: Problem, response: str) -> Score:
         reward = float(value)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  # the user's code may raise anything; the reason goes on record
+    except Exception as error:  # noqa: BLE001  # the user's code may raise anything; the score has the reason
         return Score(None, f"reward raised {type(error).__name__}: {_line(str(error))}".rstrip(": "))
     if not math.isfinite(reward):
         return Score(None, f"reward is {reward}")
@@ -76,10 +78,10 @@ def _line(text: str) -> str:
 
 
 class Scorer:
-    """Scores leaves. A context manager: `close` ends the workers, and they end by themselves when this process does.
+    """Scores leaves. A context manager: `close` ends the workers. They also end when this process ends.
 
-    Workers start at once, so that a task that cannot be rebuilt in a worker (say, its reward function cannot be
-    imported) raises `TaskError` here. The time to start one is no leaf's time.
+    All workers are started here. If a worker cannot build the task, for example because it cannot import the reward
+    function, this raises `TaskError`. The time limit of a leaf does not include the start of its worker.
     """
 
     def __init__(self, task: Task, settings: ScoringSettings) -> None:
@@ -98,20 +100,21 @@ class Scorer:
             for worker in self._workers:
                 worker.wait_until_ready()
                 self._idle.put(worker)
-        except BaseException:  # not handled, only tidied up after
+        except BaseException:  # clean up, then raise it again
             self.close()
             raise
 
     def score(self, items: Sequence[tuple[Problem, str]]) -> list[Score]:
-        """The scores of (problem, response) pairs, in their order. May be called from several threads."""
+        """The scores of (problem, response) pairs, in order. Can be called from several threads."""
         if self._pool is None:
             return [judge(self._task, problem, response) for problem, response in items]
         return list(self._pool.map(self._ask, items))
 
     async def score_async(self, items: Sequence[tuple[Problem, str]]) -> list[Score]:
-        """As `score`, but while workers are busy the event loop goes on. Items are begun in the order of the calls.
+        """As `score`, but does not block the event loop while workers are busy. Items start in the order of the calls.
 
-        A task that is asked in this process is asked at once. Cancelling the call gives up what no worker has begun.
+        Without workers, the scores are computed at once. After a cancellation, items that no worker has started are
+        dropped.
         """
         if self._pool is None:
             return self.score(items)
@@ -130,7 +133,7 @@ class Scorer:
             self._idle.put(worker)
 
     def close(self) -> None:
-        """End the workers; leaves still being scored are given up."""
+        """End the workers. Leaves that are being scored get no reward."""
         for worker in self._workers:
             worker.retire()
         if self._pool is not None:
@@ -148,11 +151,11 @@ class Scorer:
 
 
 def _hello(task: Task, settings: ScoringSettings) -> bytes:
-    """All that a worker needs to build the task: JSON, so that nothing but settings crosses over."""
+    """A line of JSON with everything that a worker needs to build the task: its class, settings and limits."""
     kind = type(task)
     if not isinstance(task, BaseModel) or kind.__module__ == "__main__" or "<" in kind.__qualname__:
         raise TaskError(
-            f"task: {kind.__qualname__} is isolated, so a worker process must be able to build it: make it a Settings "
+            f"task: {kind.__qualname__} is isolated, so worker processes must be able to build it: make it a Settings "
             "class at the top level of a module that can be imported"
         )
     value = {
@@ -165,7 +168,7 @@ def _hello(task: Task, settings: ScoringSettings) -> bytes:
 
 
 class _Worker:
-    """A place for one worker process at a time. Used by one thread at a time, but for `retire`."""
+    """Holds one worker process at a time. One thread uses it at a time; only `retire` may come from another one."""
 
     def __init__(self, hello: bytes, settings: ScoringSettings) -> None:
         self._hello, self._timeout_s = hello, settings.timeout_s
@@ -174,7 +177,7 @@ class _Worker:
         self._retired = False
 
     def start(self) -> None:
-        """Start a process; it gets ready by itself."""
+        """Start a process, without waiting until it is ready."""
         if self._retired:
             raise RuntimeError("the scorer is closed")
         self._unread = b""
@@ -183,15 +186,15 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
-            start_new_session=True,  # a process group of its own, to be killed as a whole; Ctrl-C does not reach it
-            # The workers are the parallelism. Also, BLAS reserves memory per thread, which counts in memory_gib.
+            start_new_session=True,  # a new process group, which we can kill as a whole; Ctrl-C does not reach it
+            # One thread per worker is enough. Also, BLAS reserves memory per thread, which counts in memory_gib.
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )
-        with contextlib.suppress(BrokenPipeError):  # it died at once: `wait_until_ready` says so
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: `wait_until_ready` reports that
             self._send(self._hello)
 
     def wait_until_ready(self) -> None:
-        """Raises `TaskError` for a worker that cannot work."""
+        """Wait for the process. Raises `TaskError` if it cannot build the task."""
         try:
             reply = self._receive(START_S)
         except EOFError:
@@ -206,7 +209,7 @@ class _Worker:
             raise TaskError(reply["error"])
 
     def ask(self, problem: Problem, response: str) -> Score:
-        """The score of one leaf; whatever happens to the process is in its reason."""
+        """The score of one leaf. If the process fails, the score has the reason."""
         if self._process is None or self._process.poll() is not None:
             self.kill()
             self.start()
@@ -224,12 +227,12 @@ class _Worker:
         return Score(reply["reward"], reply["reason"])
 
     def retire(self) -> None:
-        """Never start again, and end what runs; another thread may be waiting for it and finds its end."""
+        """End the process and never start another one. A thread that waits for the process then sees its end."""
         self._retired = True
         self._signal()
 
     def kill(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all processes that it started."""
         process = self._process
         if process is None:
             return
@@ -241,21 +244,21 @@ class _Worker:
         self._process = None
 
     def _signal(self) -> None:
-        # Its group lives as long as any member, and its id stays taken until we have waited for the leader.
+        # The group exists as long as one member lives. Its id is not used again before we have waited for the leader.
         if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them are dead already
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # all of them have ended already
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def _bury(self) -> str:
-        """How the process ended that has closed its pipe."""
+        """How the process ended, after it has closed its pipe. Ends its remaining children."""
         process = self._process
         if process is None:
-            return "is gone"
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it closed the pipe but lives: it is killed
+            return "has ended"
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it closed the pipe but still runs: it is killed
             process.wait(1)
         status = process.returncode
         if status is not None:
-            # `wait` has freed the id, but children may be left in the group and keep it taken.
+            # `wait` has freed the process id, but remaining children keep the group and its id.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
         self.kill()
@@ -269,7 +272,7 @@ class _Worker:
         self._process.stdin.write(line)
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next line of the process, or None if it takes longer than `timeout_s`; `EOFError` if it is dead."""
+        """The next line of the process, or None after `timeout_s`. Raises `EOFError` if the process has ended."""
         if self._process is None or self._process.stdout is None:
             raise EOFError
         pipe = self._process.stdout
