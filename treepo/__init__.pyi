@@ -59,7 +59,9 @@ from .errors import (
 from .evaluate import EvaluateSettings as EvaluateSettings
 from .evaluate import evaluate as evaluate
 from .forest import Forest as Forest
+from .learner.gradient import LossRow as LossRow
 from .learner.gradient import accumulate as accumulate
+from .learner.gradient import logprobs as logprobs
 from .learner.loss import GSPO as GSPO
 from .learner.loss import Loss as Loss
 from .learner.loss import PolicyLoss as PolicyLoss
