@@ -38,15 +38,15 @@ class SamplerSettings(Settings):
     token_budget: int | None = Field(
         None,
         ge=1,
-        description="Response tokens per tree, a shared one counted once per leaf, in place of a fixed number of "
-        "leaves: as many as make it up, judged by the mean length of the tree's paths so far.",
+        description="Response tokens per tree in place of a fixed number of leaves. A shared token counts once per "
+        "leaf. The number of leaves follows from the mean length of the tree's paths so far.",
     )
     min_width: int = Field(1, ge=1, description="Fewest leaves of a tree with a `token_budget`.")
     segment_tokens: int = Field(256, ge=1, description="Most tokens decoded between two decisions.")
     align_segments: bool = Field(
         False,
-        description="End segments one token past a block of the engine's prefix cache where they can, by making them "
-        "shorter: the next one then computes a single token again instead of up to a block.",
+        description="Shorten segments so that they end one token past a block of the engine's prefix cache. Then the "
+        "next segment computes one token again, and not up to a block.",
     )
     max_depth: int = Field(14, ge=1, description="Most segments on a path.")
     sampling: Sampling = Sampling()
@@ -54,11 +54,15 @@ class SamplerSettings(Settings):
     stopping: AnyStopping = Field(EarlyStop(), description="When a path ends.")
     trim: bool = Field(
         False,
-        description="An answer or a stop string ends its leaf with the token that completes it: what the segment goes "
-        "on with is dropped.",
+        description="Drop the rest of a segment after the token that completes an answer or a stop string.",
     )
-    fallback: AnyFallback = Field(SegmentBoundary(), description="Where a tree grows again when it has run dry.")
-    retries: int = Field(2, ge=0, description="Times that a failed request is sent again before its leaf is given up.")
+    fallback: AnyFallback = Field(
+        SegmentBoundary(),
+        description="Where a tree goes on if all its paths have ended and leaves are still missing.",
+    )
+    retries: int = Field(
+        2, ge=0, description="How often a failed request is repeated. After that its leaf ends in an error."
+    )
 
     @property
     def response_tokens(self) -> int:

@@ -32,7 +32,7 @@ def test_an_engine_without_a_kind_is_local_and_a_wrong_one_is_explained(tmp_path
 
 @pytest.mark.parametrize(
     ("given", "why"),
-    [(["engine.kind=local"], "weights of its own"), (["engine={kind: server, urls: ['http://x']}"], "rollout_cap")],
+    [(["engine.kind=local"], "separate weights"), (["engine={kind: server, urls: ['http://x']}"], "rollout_cap")],
 )
 def test_a_run_ahead_wants_another_engine_and_a_correction(tmp_path, given, why):
     with pytest.raises(ConfigError, match=why):

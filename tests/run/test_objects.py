@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.support.small_runs import save_model, steps_of
+from tests.support.small_runs import save_model, small_config, steps_of
 from treepo import (
     GRPO,
     GSPO,
@@ -185,6 +185,11 @@ def test_weights_in_half_precision_are_refused(folder: str, tmp_path: Path) -> N
         pytest.raises(ConfigError, match=r"needs float32 weights, because updates are lost in torch\.bfloat16"),
     ):
         Trainer(actor, sampler=SHAPE, settings=STEPS, folder=tmp_path / "run")
+
+
+def test_a_configuration_is_answered_with_the_function_for_it(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"with treepo\.training\(config\) as trainer"):
+        Trainer(small_config(tmp_path))  # type: ignore[arg-type]
 
 
 def test_settings_are_exported_for_classes_of_the_user() -> None:

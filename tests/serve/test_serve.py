@@ -289,5 +289,5 @@ def test_the_command_serves_until_it_is_asked_to_stop_and_says_what_is_amiss(fol
 
 def test_the_commands_help_says_how_to_use_it():
     text = " ".join(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output.split())
-    for part in ("--memory-gib", "--api-key-env", "engine.urls=[http://127.0.0.1:8000]", "token ids in and out"):
+    for part in ("--memory-gib", "--api-key-env", "engine.urls=[http://127.0.0.1:8000]", "replies are token ids"):
         assert part in text

@@ -139,6 +139,8 @@ class Trainer:
         initial: str | None = None,
     ) -> None:
         # Imported here, so that a configuration can use the settings above without torch.
+        if not isinstance(actor, Actor):
+            raise TypeError("Trainer takes an Actor; for a configuration: with treepo.training(config) as trainer: ...")
         from treepo.learner.update import Learner
         from treepo.models import causal_lm
 
