@@ -76,9 +76,9 @@ from .rollouts import Actor as Actor
 from .run.build import training as training
 from .run.config import Config as Config
 from .run.config import load as load
+from .run.settings import TrainerSettings as TrainerSettings
 from .run.trainer import Observer as Observer
 from .run.trainer import Trainer as Trainer
-from .run.trainer import TrainerSettings as TrainerSettings
 from .sampler import Sampler as Sampler
 from .sampler import SamplerSettings as SamplerSettings
 from .settings import Settings as Settings

@@ -187,6 +187,22 @@ def test_weights_in_half_precision_are_refused(folder: str, tmp_path: Path) -> N
         Trainer(actor, sampler=SHAPE, settings=STEPS, folder=tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("sampler", "settings", "why"),
+    [
+        ({"sampling": {"temperature": 0}}, {}, "temperature must be above 0"),
+        ({}, {"mini_batches": 4}, "mini_batches must not exceed"),
+        ({}, {"overlong_tokens": 100}, "overlong_tokens must not exceed the response budget"),
+    ],
+)
+def test_objects_that_do_not_fit_together_are_refused(
+    sampler: dict[str, Any], settings: dict[str, Any], why: str, folder: str, tmp_path: Path
+) -> None:
+    shape = SamplerSettings.model_validate(SHAPE.model_dump() | sampler)
+    with acting(folder) as actor, pytest.raises(ConfigError, match=why):
+        Trainer(actor, sampler=shape, settings=STEPS.model_copy(update=settings), folder=tmp_path / "run")
+
+
 def test_a_configuration_is_answered_with_the_function_for_it(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"with treepo\.training\(config\) as trainer"):
         Trainer(small_config(tmp_path))  # type: ignore[arg-type]

@@ -15,7 +15,8 @@ from treepo.run import checkpoint
 from treepo.run.build import training
 from treepo.run.checkpoint import State
 from treepo.run.folder import RunFolder, read_metrics
-from treepo.run.trainer import Observer, Trainer, TrainerSettings, overlong
+from treepo.run.shaping import overlong
+from treepo.run.trainer import Observer, Trainer
 from treepo.tree import ScoredTree, Stop, Tree, read_trees
 
 KINDS = (
@@ -170,10 +171,9 @@ def test_the_overlong_penalty_falls_linearly_over_the_last_tokens():
         tree.add(0, [7] * length, [-1.0] * length, seed=length, version=0, stop=Stop.EOS)
     lost = tree.add(0, [], [], seed=1, version=0, stop=Stop.ERROR)
     rollout = ScoredTree("p", tree, [1.0, 1.0, 1.0, 0.0, None], {lost: "engine error"})
-    settings = TrainerSettings(overlong_tokens=4, overlong_penalty=0.5)
-    assert overlong(rollout, settings, 20).rewards == [1.0, 1.0, 0.75, -0.5, None]
+    assert overlong(rollout, window=4, penalty=0.5, budget=20).rewards == [1.0, 1.0, 0.75, -0.5, None]
     assert rollout.rewards == [1.0, 1.0, 1.0, 0.0, None]
-    assert overlong(rollout, TrainerSettings(), 20) is rollout
+    assert overlong(rollout, window=0, penalty=0.5, budget=20) is rollout
 
 
 # Dynamic sampling

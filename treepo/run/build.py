@@ -20,7 +20,8 @@ from treepo.models import causal_lm, lora
 from treepo.rollouts import Actor, require_room
 from treepo.run.config import Config, load
 from treepo.run.folder import RunFolder
-from treepo.run.trainer import NOT_FLOAT32, Observer, Trainer
+from treepo.run.settings import NOT_FLOAT32
+from treepo.run.trainer import Observer, Trainer
 from treepo.seeds import derive
 from treepo.tasks.any import teacher_of
 from treepo.warmup import warm_up

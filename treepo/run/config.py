@@ -19,7 +19,7 @@ from treepo.evaluate import EvaluateSettings
 from treepo.learner.loss import AnyLoss, PolicyLoss
 from treepo.models.settings import ModelSettings
 from treepo.run.foreign_names import hint
-from treepo.run.trainer import TrainerSettings
+from treepo.run.settings import TrainerSettings, misfit
 from treepo.sampler import SamplerSettings
 from treepo.settings import Settings
 from treepo.tasks.any import AnyTask
@@ -53,12 +53,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.sampler.sampling.temperature == 0:
-            raise ValueError("sampler.sampling.temperature must be above 0: at 0 all leaves of a tree are equal")
-        if self.trainer.mini_batches > self.trainer.prompts_per_step:
-            raise ValueError("trainer.mini_batches must not exceed trainer.prompts_per_step")
-        if self.trainer.overlong_tokens > self.sampler.response_tokens:
-            raise ValueError("trainer.overlong_tokens must not exceed the response budget (segment_tokens * max_depth)")
+        if why := misfit(self.sampler, self.trainer):
+            raise ValueError(why)
         if self.trainer.ahead and self.engine.kind == "local":
             raise ValueError("trainer.ahead needs an engine with separate weights: engine.kind=server or vllm")
         if self.trainer.ahead and isinstance(self.loss, PolicyLoss) and self.loss.rollout_cap is None:

@@ -16,73 +16,28 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self
-
-from pydantic import Field
+from typing import Any, NamedTuple, Self
 
 from treepo.advantages import Advantage, TreePO
 from treepo.errors import ConfigError, DivergenceError, EngineError
 from treepo.evaluate import EvaluateSettings, Evaluation, evaluate
 from treepo.learner.loss import Loss, PolicyLoss, needs_reference
-from treepo.learner.settings import LearnerSettings
 from treepo.rollouts import Actor
 from treepo.run import checkpoint
 from treepo.run.checkpoint import State, initial_policy
 from treepo.run.folder import RunFolder
 from treepo.run.metrics import Metrics, describe
+from treepo.run.settings import NOT_FLOAT32, TrainerSettings, misfit
+from treepo.run.shaping import overlong
 from treepo.run.tracking import Trackers
 from treepo.sampler import Sampler, SamplerSettings, TreeSampler
 from treepo.seeds import generator
 from treepo.settings import Settings
 from treepo.tasks import Problem
 from treepo.tree import ScoredTree
-
-NOT_FLOAT32 = (
-    "training needs float32 weights, because updates are lost in {}: set model.dtype=float32, or train an adapter "
-    "(model.lora), which is always float32. sample and eval work with any dtype"
-)
-
-
-class DynamicSampling(Settings):
-    """Replace trees whose leaves all have the same reward by trees of further prompts (DAPO, arXiv 2503.14476)."""
-
-    oversample: float = Field(1.0, ge=1, description="Prompts to sample per missing prompt; the paper uses 3.")
-    rounds: int = Field(2, ge=0, description="Most additional rounds of sampling per step, while prompts are missing.")
-
-
-class TrainerSettings(LearnerSettings):
-    """The training loop and the update."""
-
-    steps: int = Field(200, ge=1, description="Training steps. Each samples trees and updates the model.")
-    prompts_per_step: int = Field(8, ge=1, description="Prompts per step; each gives one tree of the batch.")
-    dynamic_sampling: DynamicSampling | None = Field(
-        DynamicSampling(), description="null: train on all trees, also on those whose rewards are all the same."
-    )
-    overlong_tokens: int = Field(
-        0, ge=0, description="The reward falls linearly over the last n tokens of the response budget; 0: no penalty."
-    )
-    overlong_penalty: float = Field(1.0, ge=0, description="Reward that a response of the full budget loses.")
-    ahead: bool = Field(
-        False,
-        description="Sample the next step's trees during this step's update. Faster, but the trees are one step old; "
-        "set loss.rollout_cap to correct for that. Needs engine.kind=server or vllm, and a single process.",
-    )
-    max_error_rate: float = Field(
-        0.2, ge=0, le=1, description="The run fails if a larger share of a step's leaves has no reward."
-    )
-    eval_every: int = Field(
-        20, ge=0, description="Steps between held-out evaluations, with one before and one after training; 0: none."
-    )
-    save_every: int = Field(20, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Number of checkpoints to keep; older ones are deleted.")
-    save_trees_every: int = Field(10, ge=0, description="Steps between trees written to the run's folder; 0: none.")
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = Field(
-        [], description="Experiment trackers that get all metrics."
-    )
 
 
 class Observer:
@@ -138,71 +93,76 @@ class Trainer:
         holds: Path | None = None,
         initial: str | None = None,
     ) -> None:
-        # Imported here, so that a configuration can use the settings above without torch.
         if not isinstance(actor, Actor):
             raise TypeError("Trainer takes an Actor; for a configuration: with treepo.training(config) as trainer: ...")
-        from treepo.learner.update import Learner
-        from treepo.models import causal_lm
-
         self.actor, self.processes = actor, actor.processes
         self.settings = settings or TrainerSettings()
         self.evaluation = evaluation or EvaluateSettings()
-        custom = sampler is not None and not isinstance(sampler, SamplerSettings)
-        # Evaluation uses the response budget and the stopping rule of a custom sampler, if it has settings.
-        shape = getattr(sampler, "settings", None) if custom else sampler
-        self.shape = shape if isinstance(shape, SamplerSettings) else SamplerSettings()
-        self.sampler: TreeSampler = sampler if custom else actor.sampler(self.shape)  # type: ignore[assignment]
+        self.shape, self.sampler = _shape_and_sampler(actor, sampler)
         self.seed, self.state, self.stopping = seed, State(), False
-        advantage, loss = advantage or TreePO(), loss or PolicyLoss()
-        for name, parameter in actor.model.named_parameters():
-            if parameter.requires_grad and parameter.dtype.itemsize < 4:
-                raise ConfigError(f"model: {name}: {NOT_FLOAT32.format(parameter.dtype)}")
-        if self.settings.ahead and self.processes.count > 1:
-            raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
+        self._require_trainable()
         self.observer = observer if observer and self.processes.main else Observer()
+        advantage, loss = advantage or TreePO(), loss or PolicyLoss()
         if not isinstance(folder, RunFolder):
             folder = RunFolder(folder, self._described(advantage, loss), resume=resume)
         self.folder = folder
         self._exit = ExitStack()
         try:
-            self.problems = self._checked_problems()
-            found = self.folder.latest_checkpoint()
-            self.processes.wait()  # no process may write before all have looked for a checkpoint
-            if found and found != holds:
-                causal_lm.load_weights(actor.model, found)
-            self.processes.copy_from_main(actor.model.parameters())
-            reference = None
-            if needs_reference(loss):
-                kept = self.folder.path / "reference"
-                reference = initial_policy(actor.model, kept, initial, resumed=bool(found), keeps=self.processes.main)
-            self.learner = Learner(
-                actor.model,
-                advantage,
-                loss,
-                self.settings,
-                temperature=self.shape.sampling.temperature,
-                seed=seed,
-                reference=reference,
-                processes=self.processes,
-            )
-            if found:
-                self.state = checkpoint.load_state(found)
-                checkpoint.load_optimizer(found, actor.model, self.learner.optimizer)
-            actor.load_weights(self.state.step)
-            if self.processes.main:
-                self.folder.claim()
-                self.folder.forget_after(self.state.step or None)  # a run at step 0 has nothing to keep
-            self._trackers = Trackers(self.settings.trackers, self.folder, cpu=actor.model.device.type == "cpu")
-            self._ahead: Future[Collected] | None = None  # the next step's trees, while they are sampled
-            self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if self.settings.ahead else None
-            self._exit.callback(
-                actor.loop.interrupt
-            )  # runs before the exit of the thread above, which waits for its work
-            self._writer = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
-            self._writing: Future[None] | None = None  # a step's trees, while they are written to the disk
+            self._begin(advantage, loss, holds, initial)
         except BaseException:  # clean up, then raise it again
             self._exit.close()
             raise
+
+    def _require_trainable(self) -> None:
+        """Raise `ConfigError` for what no training can work with."""
+        if why := misfit(self.shape, self.settings):
+            raise ConfigError(why)
+        for name, parameter in self.actor.model.named_parameters():
+            if parameter.requires_grad and parameter.dtype.itemsize < 4:
+                raise ConfigError(f"model: {name}: {NOT_FLOAT32.format(parameter.dtype)}")
+        if self.settings.ahead and self.processes.count > 1:
+            raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
+
+    def _begin(self, advantage: Advantage, loss: Loss, holds: Path | None, initial: str | None) -> None:
+        """Check the problems, make the learner, and go on after the newest checkpoint if there is one."""
+        # Imported here, so that a configuration can use the settings above without torch.
+        from treepo.learner.update import Learner
+        from treepo.models import causal_lm
+
+        model, main = self.actor.model, self.processes.main
+        self.problems = self._checked_problems()
+        found = self.folder.latest_checkpoint()
+        self.processes.wait()  # no process may write before all have looked for a checkpoint
+        if found and found != holds:
+            causal_lm.load_weights(model, found)
+        self.processes.copy_from_main(model.parameters())
+        reference = None
+        if needs_reference(loss):
+            kept = self.folder.path / "reference"
+            reference = initial_policy(model, kept, initial, resumed=bool(found), keeps=main)
+        self.learner = Learner(
+            model,
+            advantage,
+            loss,
+            self.settings,
+            temperature=self.shape.sampling.temperature,
+            seed=self.seed,
+            reference=reference,
+            processes=self.processes,
+        )
+        if found:
+            self.state = checkpoint.load_state(found)
+            checkpoint.load_optimizer(found, model, self.learner.optimizer)
+        self.actor.load_weights(self.state.step)
+        if main:
+            self.folder.claim()
+            self.folder.forget_after(self.state.step or None)  # a run at step 0 has nothing to keep
+        self._trackers = Trackers(self.settings.trackers, self.folder, cpu=model.device.type == "cpu")
+        self._ahead: Future[Collected] | None = None  # the next step's trees, while they are sampled
+        self._sampling = self._exit.enter_context(ThreadPoolExecutor(1)) if self.settings.ahead else None
+        self._exit.callback(self.actor.loop.interrupt)  # first, because leaving the thread above waits for its work
+        self._writer = self._exit.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+        self._writing: Future[None] | None = None  # a step's trees, while they are written to the disk
 
     def __enter__(self) -> Self:
         return self
@@ -256,9 +216,15 @@ class Trainer:
             self._writing = self._writer.submit(self.folder.write_trees, step, collected.sampled)
         update_start = time.perf_counter()
         planned = self.learner.plan
-        budget = self.sampler.response_tokens
+        settings, budget = self.settings, self.sampler.response_tokens
         try:
-            learned = self.learner(step, [overlong(tree, self.settings, budget) for tree in collected.used])
+            learned = self.learner(
+                step,
+                [
+                    overlong(tree, settings.overlong_tokens, settings.overlong_penalty, budget)
+                    for tree in collected.used
+                ],
+            )
         except DivergenceError as error:
             raise DivergenceError(
                 f"step {step}: {error}: start another run with a lower trainer.lr from a checkpoint (--model "
@@ -390,23 +356,18 @@ class Trainer:
         }
 
 
-def overlong(tree: ScoredTree, settings: TrainerSettings, budget: int) -> ScoredTree:
-    """`tree` with the overlong penalty in its rewards (DAPO's soft punishment, arXiv 2503.14476, eq. 13).
-
-    `budget`: the most tokens of a response.
-    """
-    window = settings.overlong_tokens
-    if not window:
-        return tree
-    excess = [max(0, tree.tree.response_length(leaf) - (budget - window)) for leaf in tree.tree.leaves()]
-    rewards = [
-        None if reward is None else reward - settings.overlong_penalty * over / window
-        for reward, over in zip(tree.rewards, excess, strict=True)
-    ]
-    return replace(tree, rewards=rewards)
-
-
 @lru_cache(2)
 def _epoch(seed: int, epoch: int, problems: int) -> list[int]:
     """The order of the problems in an epoch. Cached, because shuffling many problems can take longer than a step."""
     return generator(seed, "epoch", epoch).sample(range(problems), problems)
+
+
+def _shape_and_sampler(
+    actor: Actor, sampler: SamplerSettings | TreeSampler | None
+) -> tuple[SamplerSettings, TreeSampler]:
+    """The shape of the trees, and what grows them. Evaluation uses the shape's budget and stopping rule."""
+    if sampler is None or isinstance(sampler, SamplerSettings):
+        shape = sampler or SamplerSettings()
+        return shape, actor.sampler(shape)
+    given = getattr(sampler, "settings", None)
+    return given if isinstance(given, SamplerSettings) else SamplerSettings(), sampler
