@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -173,3 +174,37 @@ def test_misuse_is_refused() -> None:
         tree.node_after(3, 6)
     with pytest.raises(ValueError, match="prompt of at least one token"):
         Tree([])
+
+
+def tool_tree() -> Tree:
+    tree = Tree([1, 2], key="k")
+    call = tree.add(0, [3, 4], [-0.5, -1.0], seed=1)
+    output = tree.add(call, [5, 6, 7], [], seed=2, sampled=False)
+    tree.add(output, [8], [-0.1], seed=3, stop=Stop.EOS)
+    tree.add(output, [], [], seed=4, stop=Stop.ERROR, error="the server is down")
+    return tree
+
+
+def test_tokens_that_were_not_sampled_and_errors_round_trip_and_survive_a_split(tmp_path: Path) -> None:
+    tree = tool_tree()
+    tree.split(2, 1)
+    halves = [node for node in tree.nodes if not node.sampled]
+    assert [node.tokens for node in halves] == [[6, 7], [5]] and not any(node.logprobs for node in halves)
+    write_trees(tmp_path / "t.jsonl", [ScoredTree("p", tree, [1.0, None])])
+    (again,) = read_trees(tmp_path / "t.jsonl")
+    assert again.tree == tree
+    assert [node.error for node in again.tree.nodes if node.stop is Stop.ERROR] == ["the server is down"]
+
+
+def test_what_the_policy_did_not_sample_has_no_log_probs_and_only_failed_leaves_an_error() -> None:
+    tree = tool_tree()
+    with pytest.raises(ValueError, match="not sampled"):
+        tree.add(1, [9], [-0.1], seed=5, sampled=False)
+    with pytest.raises(ValueError, match="log-probs"):
+        tree.add(1, [9], [], seed=5)
+    with pytest.raises(ValueError, match="error"):
+        tree.add(1, [9], [-0.1], seed=5, error="no reason")
+    value = tree.to_json()
+    value["nodes"][2]["logprobs"] = [0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="log-probs"):
+        Tree.from_json(value)
