@@ -88,9 +88,13 @@ class Actor:
         *,
         engine: Engine | None = None,
         scoring: ScoringSettings | None = None,
+        stop_ids: frozenset[int] | None = None,
         processes: Processes | None = None,
     ) -> Self:
-        """`model` at work on `task`. Default: the engine in this process, which decodes on the model itself.
+        """`model` at work on `task`.
+
+        Default engine: the one in this process, which decodes on the model itself. Default `stop_ids`: those of the
+        tokenizer and of the model's generation config.
 
         Raises `TaskError` if the rewards cannot be computed, `ConfigError` for a tokenizer without EOS, and
         `EngineError` if the engine does not start.
@@ -98,13 +102,14 @@ class Actor:
         from treepo.engines.local.engine import LocalEngine
         from treepo.models import causal_lm
 
-        stop_ids = causal_lm.stop_ids(model, tokenizer)
+        if stop_ids is None:
+            stop_ids = causal_lm.stop_ids(model, tokenizer)
         loop = EventLoop()
         engine = engine or LocalEngine(causal_lm.prepared(model))
         with ExitStack() as undo:
             undo.callback(loop.close)
-            loop.run(engine.start())
             undo.callback(lambda: loop.run(engine.close()))
+            loop.run(engine.start())
             scorer = Scorer(task, scoring or ScoringSettings())
             undo.pop_all()  # the actor's from now on
         return cls(task, tokenizer, model, engine, scorer, stop_ids, processes or Processes(), loop)

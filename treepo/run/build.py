@@ -84,7 +84,7 @@ def build_actor(
     processes = processes or Processes()
     tokenizer = _tokenizer(config)
     model = _model(config, tokenizer, weights)
-    causal_lm.stop_ids(model, tokenizer)  # raises an error now rather than after the warm-up
+    stop_ids = causal_lm.stop_ids(model, tokenizer)  # before the warm-up, because a tokenizer may have no EOS
 
     def warm() -> None:
         teacher = teacher_of(config.task)
@@ -101,7 +101,15 @@ def build_actor(
         base = _base(config.model.path, model, tokenizer, train_in, processes)
         lora.attach(model, adapter, base, derive(config.seed, "adapter"))
     engine = build_engine(config, model, processes)
-    actor = Actor.of(model, tokenizer, config.task, engine=engine, scoring=config.scoring, processes=processes)
+    actor = Actor.of(
+        model,
+        tokenizer,
+        config.task,
+        engine=engine,
+        scoring=config.scoring,
+        stop_ids=stop_ids,
+        processes=processes,
+    )
     try:
         for shape in (config.sampler, *([config.evaluate.shape(config.sampler)] if config.trainer.eval_every else [])):
             require_room(engine, shape)
