@@ -12,7 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FIELDS = {
     "advantages": {"leaves", "depth", "seconds"},
-    "scheduler": {"trees", "segments", "us_per_segment"},
+    "scheduler": {
+        *("trees", "segments", "us_per_segment", "us_per_token", "us_per_response"),
+        *("decode_us_per_segment", "engine_us_per_segment"),
+    },
     "sampling": {"shape", "trajectory_tokens_per_s", "ratio_to_iid", "ratio_to_hf_generate"},
     "packing": {
         "shape",

@@ -8,8 +8,9 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,6 +33,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 console = Console()
+
+# The modules of the extra `train`, which all commands need that use a model.
+TRAIN = ("torch", "transformers", "accelerate", "datasets", "safetensors", "math_verify", "matplotlib", "scipy")
 
 ConfigFile = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="A YAML file, or a run's folder.", show_default=False)
@@ -275,8 +279,6 @@ def serve(
     This server is for small models and tests. On GPUs, vLLM and SGLang are faster. Anyone who can connect to the port
     can change the weights, unless you set --api-key-env.
     """
-    from importlib.util import find_spec
-
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise ConfigError("serve: the server's libraries are not installed: pip install 'treepo[serve]'")
     _quiet()
@@ -303,7 +305,8 @@ def serve(
 @app.command()
 def doctor() -> None:
     """Check the installation: which libraries and engines work here, what is missing, and how to install it."""
-    _quiet()
+    if find_spec("transformers") is not None:
+        _quiet()
     from rich.table import Table
 
     from treepo.run.doctor import examine
@@ -325,8 +328,17 @@ def main() -> None:
     try:
         app()
     except TreePOError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        _end(str(error))
+    except ModuleNotFoundError as error:
+        missing = [name for name in TRAIN if find_spec(name) is None]
+        if error.name is None or error.name.partition(".")[0] not in missing:
+            raise
+        _end(f"this command needs {', '.join(missing)}: pip install 'treepo[train]'")
+
+
+def _end(message: str) -> NoReturn:
+    Console(stderr=True).print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True, highlight=False)
+    sys.exit(2)
 
 
 def _plain(text: str) -> str:
@@ -376,11 +388,7 @@ def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _quiet() -> None:
-    """Switch off the progress bars and warnings of the libraries. Raises `ConfigError` if one is missing."""
-    from importlib.util import find_spec
-
-    if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
-        raise ConfigError(f"this command needs {', '.join(missing)}: pip install 'treepo[train]'")
+    """Switch off the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]

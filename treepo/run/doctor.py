@@ -31,7 +31,7 @@ def examine() -> list[Finding]:
         try:
             found.append(Finding(name, "ok", metadata.version(name)))
         except metadata.PackageNotFoundError:
-            found.append(Finding(name, "missing", f"pip install {name}"))
+            found.append(Finding(name, "missing", "pip install 'treepo[train]'"))
     if any(f.state == "missing" for f in found):
         return found
     return [*found, _device(), _disk(), _scripted(), _local(), _server(), _adapters(), _rewards(), *_trackers()]
