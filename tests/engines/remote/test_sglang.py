@@ -76,7 +76,7 @@ def test_sglang_ends_segments_with_a_stop_id_and_survives_an_abandoned_request(
     url: str, folder: Path, tmp_path: Path
 ) -> None:
     engine = engine_of(causal_lm.load(str(folder)), tmp_path, url, timeout_s=200)
-    stops = set(range(20, 40))
+    stops = set(range(20, 26))  # about half of the segments end early; seeds decide nothing on a CPU
 
     async def ask() -> list[list[int]]:
         handle = await engine.open(Tree([1, 2]), Sampling(), stops)
