@@ -15,7 +15,7 @@ import treepo
 
 PACKAGE = Path(treepo.__file__).parent
 PROJECT = PACKAGE.parent
-LONGEST_FILE = 420
+LONGEST_FILE, LONGEST_TEST_FILE = 420, 500
 
 # Read from top to bottom it is the algorithm: a module imports only from those above it.
 ORDER = [
@@ -304,6 +304,13 @@ def documented(file: Path, name: str) -> bool:
 @pytest.mark.parametrize("name", ORDER)
 def test_no_file_grows_too_long(name):
     assert len(MODULES[name].read_text(encoding="utf-8").splitlines()) <= LONGEST_FILE
+
+
+def test_no_test_file_grows_too_long():
+    lengths = {
+        file.name: len(file.read_text(encoding="utf-8").splitlines()) for file in (PROJECT / "tests").rglob("*.py")
+    }
+    assert {name: n for name, n in lengths.items() if n > LONGEST_TEST_FILE} == {}
 
 
 def test_the_version_is_said_once_and_the_changelog_knows_it():
