@@ -22,10 +22,21 @@ COMMON = (
 )
 
 
+MAIN = """
+import torch
+from treepo.cli import main
+
+try:
+    main()
+finally:
+    print("connected at the end:", torch.distributed.is_initialized())
+"""
+
+
 def start(folder: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     cli = folder / "main.py"
-    cli.write_text("from treepo.cli import main\nmain()\n")
+    cli.write_text(MAIN)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), cli, "train", write_config(folder), *overrides],
@@ -42,6 +53,7 @@ def test_two_processes_equal_one(tmp_path: Path, adapter: str) -> None:
     for processes in (1, 2):
         done = start(tmp_path / str(processes), processes, *COMMON, f"model.lora={adapter}")
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("connected at the end: False") == processes, "a process may abort when Python ends"
         runs[processes] = tmp_path / str(processes) / "run"
         assert all(done.stdout.count(said) == 1 for said in ("held out after step 3", "learning curve:")), done.stdout
     assert {p.name for p in runs[1].iterdir()} == {p.name for p in runs[2].iterdir()}

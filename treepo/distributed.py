@@ -30,6 +30,13 @@ class Processes:
         state = PartialState(cpu=cpu)
         return cls(state.process_index, state.num_processes)
 
+    def finish(self) -> None:
+        """End the communication between the processes. Without it a process may abort when Python ends."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
+
     @property
     def main(self) -> bool:
         """Whether this is the process that writes files and reports."""

@@ -64,6 +64,7 @@ def training(config: Config, *, resume: bool = False, observer: Observer | None 
         ) as trainer,
     ):
         yield trainer
+    processes.finish()
 
 
 def build_actor(
