@@ -74,6 +74,59 @@ def test_later_stages_follow_from_earlier_ones_and_what_is_done_is_not_done_agai
     assert begun == {"seed-0": "x", "seed-1": "xx"}
 
 
+class Hasty(Runner):
+    """Sends a signal to each process as soon as it is started, long before it has imported anything."""
+
+    signal: int
+
+    def _start(self, cell: Cell) -> None:
+        super()._start(cell)
+        for process, _ in self._running.values():
+            os.kill(process.pid, self.signal)
+
+
+class Stoppings(StudyObserver):
+    def __init__(self) -> None:
+        self.stopped_cells: list[Cell] = []
+
+    def stopped(self, cell: Cell) -> None:
+        self.stopped_cells.append(cell)
+
+
+def test_a_cell_that_is_stopped_while_its_process_is_importing_is_a_stopped_cell(
+    tmp_path: Path, config: Config
+) -> None:
+    heard = Stoppings()
+
+    class Stopping(Hasty):
+        signal = signal.SIGTERM
+
+        def _start(self, cell: Cell) -> None:
+            self.stopping = True
+            super()._start(cell)
+
+    runner = Stopping(StudyFolder("counting", CountingStudy(seeds=1), config, tmp_path / "out"), heard)
+    assert runner() is False
+    assert len(heard.stopped_cells) == 1 and not runner.folder.done
+
+
+def test_a_cell_that_is_killed_without_being_told_to_stop_is_an_error(tmp_path: Path, config: Config) -> None:
+    class Killing(Hasty):
+        signal = signal.SIGTERM
+
+    runner = Killing(StudyFolder("counting", CountingStudy(seeds=1), config, tmp_path / "out"))
+    with pytest.raises(TreePOError, match="its process ended with status -15"):
+        runner()
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_a_process_that_is_importing(tmp_path: Path, config: Config) -> None:
+    class Interrupting(Hasty):
+        signal = signal.SIGINT
+
+    runner = Interrupting(StudyFolder("counting", CountingStudy(seeds=1), config, tmp_path / "out"))
+    assert runner() is True
+
+
 def test_a_folder_belongs_to_one_study(tmp_path: Path, config: Config) -> None:
     out = tmp_path / "out"
     StudyFolder("counting", CountingStudy(seeds=1), config, out)

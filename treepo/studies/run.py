@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -169,7 +172,8 @@ class Runner:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_measure, args=(theirs, study, config, cell, folder))
-        process.start()
+        with _ctrl_c_ignored():
+            process.start()
         theirs.close()
         self._running[ours] = process, cell
 
@@ -180,6 +184,9 @@ class Runner:
         except EOFError:
             process.join()
             del self._running[connection]
+            if self.stopping and process.exitcode == -signal.SIGTERM:  # it was still importing when it was told to stop
+                self.observer.stopped(cell)
+                return
             raise TreePOError(
                 f"{cell.name}: its process ended with status {process.exitcode} (its output is above); the same "
                 "command continues with the missing cells"
@@ -196,6 +203,19 @@ class Runner:
             return
         self.folder.keep(cell, content)
         self.observer.finished(cell, content)
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """A process that is started inside ignores Ctrl-C from its beginning, also while it is still importing."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python allows to change this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 class _PipeWatch(Watch):
