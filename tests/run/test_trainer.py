@@ -387,6 +387,7 @@ def test_a_missing_tracker_names_the_command_that_installs_it(tmp_path):
     for name in trackers:
         with pytest.raises(ConfigError, match=rf"^trainer\.trackers: {name} is not installed: pip install {name}$"):
             begin(small_config(tmp_path, *UNWARMED, f"out={tmp_path / name}", f"trainer.trackers=[{name}]"))
+        assert not (tmp_path / name).exists(), "nothing may be written before"
 
 
 def installed(name: str) -> bool:

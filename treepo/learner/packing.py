@@ -105,6 +105,11 @@ def pack(
     which = range(len(forest.trees)) if trees is None else trees
     if unknown := [t for t in which if not 0 <= t < len(forest.trees)]:
         raise ValueError(f"tree {unknown[0]} is not one of the forest's, which are 0 to {len(forest.trees) - 1}")
+    return pack_rows(forest, folded, which, max_tokens)
+
+
+def pack_rows(forest: Forest, folded: Folded, which: Sequence[int], max_tokens: int) -> list[PackedBatch]:
+    """As `pack`, for the trees `which` of a forest that is folded already, such as one that makes several batches."""
     return [pack_row(forest, folded, row) for row in bins(forest, folded, which, max_tokens)]
 
 
@@ -198,10 +203,14 @@ def pack_row(forest: Forest, folded: Folded, which: Sequence[int]) -> PackedBatc
 
 def _leaves(forest: Forest, folded: Folded, which: Sequence[int], nodes: Ints) -> PackedLeaves:
     """The leaves of the trees `which`, whose packed nodes have the forest indices `nodes` [n]."""
-    packed = np.full(len(forest.length) + 1, -1, np.int64)  # forest index -> packed node; the last entry is for -1
-    packed[nodes] = np.arange(len(nodes))
-    here = np.isin(forest.tree, np.asarray(list(which), np.int64))
-    return PackedLeaves(packed[forest.path[here]], folded.per_leaf[here].astype(np.float32))
+    # Leaves are in the order of their trees. So a row looks at its own trees only, however large the forest is.
+    trees = np.sort(np.asarray(list(which), np.int64))
+    ends = zip(*(np.searchsorted(forest.tree, trees, side).tolist() for side in ("left", "right")), strict=True)
+    here = np.array([leaf for first, end in ends for leaf in range(first, end)], np.int64)
+    path = forest.path[here]
+    packed, on_path, order = np.full(path.shape, -1, np.int64), path >= 0, np.argsort(nodes)
+    packed[on_path] = order[np.searchsorted(nodes, path[on_path], sorter=order)]
+    return PackedLeaves(packed, folded.per_leaf[here].astype(np.float32))
 
 
 def bins(forest: Forest, folded: Folded, which: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -18,7 +18,7 @@ from treepo.errors import DivergenceError
 from treepo.forest import Forest
 from treepo.learner.gradient import LossRow, accumulate, logprobs
 from treepo.learner.loss import Loss, needs_reference, shared_tokens
-from treepo.learner.packing import PackedBatch, Totals, pack
+from treepo.learner.packing import PackedBatch, Totals, fold, pack_rows
 from treepo.learner.settings import LearnerSettings
 from treepo.models.causal_lm import checkpoint_activations
 from treepo.seeds import generator
@@ -96,13 +96,13 @@ class Learner:
         trees = len(forest.trees)
         order = generator(self.seed, "mini-batches", step).sample(range(trees), trees)
         many = min(self.settings.mini_batches, trees)
-        advantage = self.advantage(forest)
+        folded = fold(forest, self.advantage(forest), shared_tokens(self.loss))
         batches: list[tuple[list[LossRow], Totals]] = []
         for i in range(many):
             which = sorted(order[i::many])
             # Small enough for every process to get a row, if there are enough trees.
             room = min(self.settings.max_tokens, -(-_tokens(forest, which) // self.processes.count))
-            packed = pack(forest, advantage, shared_tokens=shared_tokens(self.loss), max_tokens=room, trees=which)
+            packed = pack_rows(forest, folded, which, room)
             batches.append(([self._row(batch, many > 1) for batch in self._share(packed)], Totals.of(packed)))
         return batches
 

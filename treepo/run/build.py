@@ -20,7 +20,8 @@ from treepo.models import causal_lm, lora
 from treepo.rollouts import Actor, require_room
 from treepo.run.config import Config, load
 from treepo.run.folder import RunFolder
-from treepo.run.settings import NOT_FLOAT32
+from treepo.run.settings import NOT_FLOAT32, misfit
+from treepo.run.tracking import require_installed
 from treepo.run.trainer import Observer, Trainer
 from treepo.seeds import derive
 from treepo.tasks.any import teacher_of
@@ -37,12 +38,13 @@ def training(config: Config, *, resume: bool = False, observer: Observer | None 
     # Check the settings before the slow steps.
     if config.model.dtype != "float32" and config.model.lora is None:
         raise ConfigError(f"model.dtype: {NOT_FLOAT32.format(config.model.dtype)}")
+    require_installed(config.trainer.trackers)
     config.task.problems("train")
     if config.trainer.eval_every:
         config.task.problems("test")
     processes = Processes.started(cpu=causal_lm.device(config.model).type == "cpu")
-    if config.trainer.ahead and processes.count > 1:
-        raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
+    if why := misfit(config.sampler, config.trainer, processes.count):
+        raise ConfigError(why)
     observer = observer if observer and processes.main else Observer()
     folder = RunFolder(config.out, _described(config), resume=resume, read=lambda path: _described(load(path)))
     found = folder.latest_checkpoint()

@@ -54,8 +54,10 @@ class TrainerSettings(LearnerSettings):
     )
 
 
-def misfit(sampler: SamplerSettings, settings: TrainerSettings) -> str | None:
-    """What does not fit together in the settings of a training; None: all fits."""
+def misfit(sampler: SamplerSettings, settings: TrainerSettings, processes: int = 1) -> str | None:
+    """What does not fit together in the settings of a training by so many `processes`; None: all fits."""
+    if settings.ahead and processes > 1:
+        return "trainer.ahead needs a single process: set trainer.ahead=false, or start one process"
     if sampler.sampling.temperature == 0:
         return "sampler.sampling.temperature must be above 0: greedy leaves are all the same"
     if settings.mini_batches > settings.prompts_per_step:

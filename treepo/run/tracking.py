@@ -11,14 +11,18 @@ from treepo.run.folder import RunFolder
 from treepo.run.metrics import Metrics, flat_numbers
 
 
+def require_installed(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a tracker that is not installed. Call it before the slow steps of a run."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
+
+
 class Trackers:
     """The trackers `names`. They get the settings of the run in `folder`, then its metrics line by line."""
 
     def __init__(self, names: Sequence[str], folder: RunFolder, *, cpu: bool) -> None:
         self._accelerator: Any = None
-        for name in names:
-            if find_spec(name) is None:
-                raise ConfigError(f"trainer.trackers: {name} is not installed: pip install {name}")
         if names:
             from accelerate import Accelerator
 

@@ -32,7 +32,7 @@ from treepo.run.folder import RunFolder
 from treepo.run.metrics import Metrics, describe
 from treepo.run.settings import NOT_FLOAT32, TrainerSettings, misfit
 from treepo.run.shaping import overlong
-from treepo.run.tracking import Trackers
+from treepo.run.tracking import Trackers, require_installed
 from treepo.sampler import Sampler, SamplerSettings, TreeSampler
 from treepo.seeds import generator
 from treepo.settings import Settings
@@ -115,13 +115,12 @@ class Trainer:
 
     def _require_trainable(self) -> None:
         """Raise `ConfigError` for what no training can work with."""
-        if why := misfit(self.shape, self.settings):
+        if why := misfit(self.shape, self.settings, self.processes.count):
             raise ConfigError(why)
+        require_installed(self.settings.trackers)
         for name, parameter in self.actor.model.named_parameters():
             if parameter.requires_grad and parameter.dtype.itemsize < 4:
                 raise ConfigError(f"model: {name}: {NOT_FLOAT32.format(parameter.dtype)}")
-        if self.settings.ahead and self.processes.count > 1:
-            raise ConfigError("trainer.ahead needs a single process: set trainer.ahead=false, or start one process")
 
     def _begin(self, advantage: Advantage, loss: Loss, holds: Path | None, initial: str | None) -> None:
         """Check the problems, make the learner, and go on after the newest checkpoint if there is one."""
